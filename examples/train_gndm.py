@@ -1,0 +1,91 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+# /// script
+# dependencies = ["rdm_trl"]
+# ///
+"""
+Distils a diffusion pipeline into a few-step LoRA. Without a model and without --config it distils the embedded
+Fashion-MNIST pipeline with the settings of examples/configs/gndm.yaml, in minutes, on a CPU.
+
+accelerate launch examples/train_gndm.py
+accelerate launch examples/train_gndm.py --dm_normalization sample --output_dir outputs/dmd
+accelerate launch examples/train_gndm.py \
+    --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name my/prompts \
+    --sample_guidance_scale 4 --learning_rate 5e-5 --bf16 --output_dir sd15-4-step --push_to_hub
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers.trainer_utils import get_last_checkpoint
+
+from rdm_trl import RdmDistillConfig, RdmDistillTrainer
+from rdm_trl._trl import make_parser
+from rdm_trl.hub import figures_table
+
+
+DEMO_CONFIG = Path(__file__).parent / "configs" / "gndm.yaml"
+
+
+@dataclass
+class ScriptArguments:
+    """
+    Parameters:
+        > Parameters that control the model and the prompts
+
+        model_name_or_path (`str`, *optional*):
+            The teacher, a pipeline's path or Hub id; the embedded pipeline by default.
+        dataset_name (`str`, *optional*):
+            Path or Hub id of a data set with a `prompt` column; the embedded pipeline brings its own.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split of the data set.
+        lora_r (`int`, *optional*, defaults to `32`):
+            Rank of the adapters of student and fake score.
+        lora_alpha (`int`, *optional*):
+            Their alpha; the rank by default, so that the scale is 1.
+        lora_target_modules (`list[str]`, *optional*):
+            Their layers; those of LCM-LoRA by default.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The teacher: a pipeline's path or Hub id."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set with a `prompt` column."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of the data set."})
+    lora_r: int = field(default=32, metadata={"help": "Rank of the adapters of student and fake score."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Alpha of the adapters; the rank by default."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers of the adapters; those of LCM-LoRA by default."}
+    )
+
+
+def main(argv: list[str]):
+    if not any(argument.split("=")[0] in ("--config", "--model_name_or_path") for argument in argv):
+        argv = ["--config", str(DEMO_CONFIG), *argv]
+    script_args, config = make_parser(ScriptArguments, RdmDistillConfig).parse_args_and_config(argv)
+
+    dataset = None
+    if script_args.dataset_name is not None:
+        dataset = load_dataset(script_args.dataset_name, split=script_args.dataset_train_split)
+    peft_config = LoraConfig(
+        r=script_args.lora_r,
+        lora_alpha=script_args.lora_alpha or script_args.lora_r,
+        init_lora_weights="gaussian",
+        target_modules=script_args.lora_target_modules,
+    )
+    trainer = RdmDistillTrainer(
+        config, sd_pipeline=script_args.model_name_or_path, train_dataset=dataset, peft_config=peft_config
+    )
+    resume = config.resume_from_checkpoint
+    if resume in ("True", "true"):
+        resume = get_last_checkpoint(config.output_dir)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.evaluate()
+    trainer.save_model()
+    print(f"\n{figures_table(trainer.metrics)}\n\n{Path(config.output_dir, 'samples', 'grid.png')}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

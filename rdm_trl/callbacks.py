@@ -1,0 +1,106 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""What happens beside the updates: the student's average, sample grids, and DDPO's image tracker."""
+
+from pathlib import Path
+
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw
+from transformers import TrainerCallback
+
+
+class EmaCallback(TrainerCallback):
+    """Averages the student's weights after each of its updates."""
+
+    def on_optimizer_step(self, args, state, control, model, **kwargs):
+        model.update_ema(args.ema_decay)
+
+
+class SampleGridCallback(TrainerCallback):
+    """
+    Saves a sample grid every `log_images_steps` updates and after the last, as `samples/step-N.png` and
+    `samples/grid.png` of the output folder: the same prompts and initial noise for teacher, base and student.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.constant_columns = {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        every = args.log_images_steps
+        last = state.global_step == state.max_steps
+        if every and state.is_world_process_zero and (last or state.global_step % every == 0):
+            self.save(args, state)
+
+    def save(self, args, state):
+        available = list(dict.fromkeys(self.trainer.eval_dataset["prompt"]))
+        count = min(args.num_log_images, len(available))
+        prompts = [available[i * len(available) // count] for i in range(count)]
+        columns = {**self.constant_columns}
+        for who, title in (
+            ("teacher", f"teacher, {args.teacher_num_steps} steps, guidance {args.sample_guidance_scale:g}"),
+            ("base", f"base, {args.sample_num_steps} steps"),
+            ("student", f"student, {args.sample_num_steps} steps"),
+        ):
+            if title not in columns:
+                each = min(args.num_generations, 4)
+                images = self.trainer.sample(who, [prompt for prompt in prompts for _ in range(each)])
+                images = self.trainer.family.to_pil(images)
+                columns[title] = [images[i : i + each] for i in range(0, len(images), each)]
+                if who != "student":
+                    self.constant_columns[title] = columns[title]
+        folder = Path(args.output_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = comparison_grid(columns, prompts)
+        picture.save(folder / f"step-{state.global_step:06d}.png")
+        picture.save(folder / "grid.png")
+
+
+class ImageTracker:
+    """
+    The tracker that `image_samples_hook` is given, with the two methods of accelerate's trackers that DDPO's hooks
+    call: `log` goes to the trainer's logs, `log_images` to PNG files in `output_dir/samples`.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def log(self, values: dict[str, float], step: int | None = None, **kwargs):
+        self.trainer.log(dict(values))
+
+    def log_images(self, values: dict, step: int | None = None, **kwargs):
+        """`values`: by name, images as PIL images or as a tensor (B, 3, H, W) or (3, H, W) in [0, 1]."""
+        folder = Path(self.trainer.args.output_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, images in values.items():
+            if hasattr(images, "ndim"):
+                images = self.trainer.family.to_pil(images if images.ndim == 4 else images[None])
+            elif isinstance(images, Image.Image):
+                images = [images]
+            stem = "".join(c if c.isalnum() or c in " ._-" else "_" for c in name)[:80]
+            make_image_grid(images, 1, len(images)).save(folder / f"{stem}-{step}.png")
+
+
+def comparison_grid(columns: dict[str, list[list[Image.Image]]], prompts: list[str]) -> Image.Image:
+    """
+    A labelled picture with a block of columns for each model and a row for each prompt.
+
+    Args:
+        columns: by title, for each prompt the images (any number, the same everywhere).
+    """
+    sample = next(iter(columns.values()))[0]
+    size = max(sample[0].width, 64)
+    gap, header, margin = 12, 20, 8 + max(int(ImageDraw.Draw(sample[0]).textlength(prompt)) for prompt in prompts)
+    block = len(sample) * size
+    picture = Image.new("RGB", (margin + len(columns) * (block + gap), header + len(prompts) * size), "white")
+    draw = ImageDraw.Draw(picture)
+    for row, prompt in enumerate(prompts):
+        draw.text((4, header + row * size + size // 2), prompt, fill="black", anchor="lm")
+    for column, (title, rows) in enumerate(columns.items()):
+        left = margin + column * (block + gap)
+        draw.text((left + block // 2, header // 2), title, fill="black", anchor="mm")
+        for row, images in enumerate(rows):
+            for i, image in enumerate(images):
+                picture.paste(
+                    image.resize((size, size * image.height // image.width)), (left + i * size, header + row * size)
+                )
+    return picture

@@ -1,0 +1,116 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""What a student is judged by. Features are `(N, D)`; all statistics are computed in float64."""
+
+import resource
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoImageProcessor, AutoModel
+
+
+class PretrainedFeatures(nn.Module):
+    """
+    Pooled features of an image model (DINOv2, CLIP's vision tower, ...) for Fréchet distances and diversity.
+
+    `forward` takes images (B, 3, H, W) in [0, 1] and returns features (B, D) and `None` in place of class logits.
+    """
+
+    def __init__(self, model_name_or_path: str):
+        super().__init__()
+        self.model = AutoModel.from_pretrained(model_name_or_path).eval().requires_grad_(False)
+        processor = AutoImageProcessor.from_pretrained(model_name_or_path)
+        self.register_buffer("mean", torch.tensor(processor.image_mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(processor.image_std).view(-1, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+        size = self.model.config.image_size
+        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+        return self.model(pixel_values=(images - self.mean) / self.std).pooler_output, None
+
+
+def feature_statistics(features: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`mean` (D,), `cov` (D, D) and `num_samples` of features (N, D)."""
+    features = features.double()
+    return {
+        "mean": features.mean(0),
+        "cov": features.T.cov(),
+        "num_samples": torch.tensor(len(features)),
+    }
+
+
+def frechet_distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    r"""
+    Fréchet distance between two Gaussians, "FID" where the features are Inception's (arXiv 1706.08500):
+    \\(|m_1 - m_2|^2 + \mathrm{tr}(C_1 + C_2 - 2 (C_1 C_2)^{1/2})\\).
+    """
+    # C1 C2 is similar to a positive semi-definite matrix: the trace of its root is the sum of its eigenvalues' roots.
+    root = torch.linalg.eigvals(first["cov"] @ second["cov"]).real.clamp(min=0).sqrt().sum()
+    means = (first["mean"] - second["mean"]).square().sum()
+    return (means + first["cov"].trace() + second["cov"].trace() - 2 * root).item()
+
+
+def class_accuracy(logits: torch.Tensor, target: torch.Tensor) -> float:
+    """Share of images whose largest logit (N, C) is their target class (N,)."""
+    return (logits.argmax(1) == target).double().mean().item()
+
+
+def diversity(features: torch.Tensor, prompts: list[str]) -> float:
+    """
+    Mean Euclidean distance between the features (N, D) of two different images of one prompt, averaged over the
+    prompts that have at least two images (NaN if none has): collapse to one image per prompt is 0.
+    """
+    distances = []
+    for prompt in dict.fromkeys(prompts):
+        chosen = features[[i for i, other in enumerate(prompts) if other == prompt]].double()
+        if len(chosen) > 1:
+            distances.append(torch.pdist(chosen).mean())
+    return torch.stack(distances).mean().item() if distances else float("nan")
+
+
+def compare(
+    images: torch.Tensor,
+    prompts: list[str],
+    features_of: nn.Module,
+    reference: dict[str, torch.Tensor] | None = None,
+    teacher: dict[str, torch.Tensor] | None = None,
+    target: torch.Tensor | None = None,
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """
+    Figures of one model's images, and their feature statistics.
+
+    Args:
+        images (B, 3, H, W): in [0, 1], drawn for `prompts` (B).
+        features_of: `images -> (features, logits)`.
+        reference (`dict`, *optional*): feature statistics of real images, for `fid`.
+        teacher (`dict`, *optional*): feature statistics of the teacher's images, for `fid_teacher`.
+        target (B,): classes asked for, for `class_accuracy`.
+    """
+    outputs = [features_of.to(images.device)(chunk) for chunk in images.split(100)]
+    features = torch.cat([features for features, _ in outputs]).cpu()
+    statistics = feature_statistics(features)
+    figures = {}
+    if reference is not None:
+        figures["fid"] = frechet_distance(statistics, reference)
+    if teacher is not None:
+        figures["fid_teacher"] = frechet_distance(statistics, teacher)
+    if target is not None:
+        figures["class_accuracy"] = class_accuracy(torch.cat([logits for _, logits in outputs]).cpu(), target)
+    figures["diversity"] = diversity(features, prompts)
+    return figures, statistics
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of the accelerator, or of the process where there is none, in MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def machine() -> str:
+    """The kind of machine, for figures that depend on it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads, not run on a GPU"

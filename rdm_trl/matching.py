@@ -1,0 +1,109 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+r"""
+Distribution matching as a reward:
+\\(R_{dm}(x_\tau) = \log p_{teacher,\tau}(x_\tau) - \log p_{student,\tau}(x_\tau)\\).
+
+Its gradient in \\(x_\tau\\) is \\(\frac{a}{b^2}(\mu_{teacher} - \mu_{fake})\\) with the denoised predictions \\(\mu\\)
+of the teacher and of the fake score, which is trained on the student's images: the direction of DMD (arXiv 2311.18828,
+2405.14867). The paper's equations (arXiv 2603.28460) are not public; what "group" normalisation does here is our
+reconstruction.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .diffusion import NoiseProcess
+
+
+@dataclass
+class Probe:
+    """
+    R_dm at one noisy draw of each image.
+
+    Args:
+        direction (B, ...): `mu_teacher - mu_fake`, where R_dm pulls x0, in units of x0.
+        scale (B,): mean absolute distance of x0 from the teacher's prediction, DMD's normaliser.
+        reward (B,): scalar estimate of R_dm per element (see `reward_estimate`).
+    """
+
+    direction: torch.Tensor
+    scale: torch.Tensor
+    reward: torch.Tensor
+
+
+def draw_fractions(num_groups: int, num_generations: int, sampling: str, time_range, generator=None, device=None):
+    """
+    Noise levels (num_groups * num_generations,), as fractions of the training range.
+
+    Args:
+        sampling (`str`): `"uniform"`, an independent draw an image; `"stratified"`, one draw from each of
+            `num_generations` equal strata a group, in random order; `"shared"`, one draw a group.
+        time_range (`tuple[float, float]`): the smallest and largest fraction.
+    """
+    if sampling == "shared":
+        draw = torch.rand(num_groups, 1, generator=generator, device=device).expand(-1, num_generations)
+    else:
+        draw = torch.rand(num_groups, num_generations, generator=generator, device=device)
+        if sampling == "stratified":
+            ranks = torch.rand(num_groups, num_generations, generator=generator, device=device).argsort(1)
+            draw = (ranks + draw) / num_generations
+    low, high = time_range
+    return (low + (high - low) * draw).flatten()
+
+
+@torch.no_grad()
+def probe(
+    predict_teacher: Callable, predict_fake: Callable, process: NoiseProcess, x0, noise, timesteps: torch.Tensor
+) -> Probe:
+    """
+    Evaluates R_dm at `a x0 + b noise`.
+
+    Args:
+        predict_teacher, predict_fake (`Callable`): `(x_t, timesteps) -> x0 prediction`, the teacher's with guidance.
+        x0, noise (B, ...): the student's images and one Gaussian draw for each.
+        timesteps (B,): the noise levels.
+    """
+    x_t = process.add_noise(x0, noise, timesteps)
+    teacher, fake = predict_teacher(x_t, timesteps), predict_fake(x_t, timesteps)
+    return Probe(
+        direction=teacher - fake,
+        scale=(x0 - teacher).abs().flatten(1).mean(1),
+        reward=reward_estimate(teacher, fake, x0, timesteps, process),
+    )
+
+
+def reward_estimate(teacher, fake, x0, timesteps: torch.Tensor, process: NoiseProcess) -> torch.Tensor:
+    r"""
+    Scalar R_dm (B,) per element: how much worse the fake score predicts the noise than the teacher does,
+    \\(\frac1D(|\epsilon_{fake}-\epsilon|^2 - |\epsilon_{teacher}-\epsilon|^2)\\).
+
+    Half its integral over log-SNR, times D, is \\(\log p_{teacher}(x_0) - \log p_{fake}(x_0)\\) for exact denoisers
+    (arXiv 2302.03792); one draw of the time estimates that up to the weight of the times. Our reconstruction.
+    """
+    a, b = process.coefficients(timesteps, x0)
+    difference = (x0 - fake).square() - (x0 - teacher).square()
+    return ((a / b).square() * difference).flatten(1).mean(1)
+
+
+def normalize(probe: Probe, normalization: str, num_generations: int, eps: float = 1e-6) -> torch.Tensor:
+    """
+    The advantage (B, ...) of the direction form: `direction / scale`, with the scale averaged as `normalization` says.
+
+    Args:
+        normalization (`str`): `"sample"`, each image's own scale (DMD and DMD2); `"group"`, the mean over the images
+            of its prompt (GNDM, our reconstruction): images of a group keep their relative sizes, and only the length
+            of their common direction is normalised; `"batch"`, the mean over all images; `"none"`.
+        num_generations (`int`): images a prompt; the images of a prompt are neighbours.
+    """
+    scale = probe.scale
+    if normalization == "none":
+        return probe.direction
+    if normalization == "group":
+        scale = scale.view(-1, num_generations).mean(1).repeat_interleave(num_generations)
+    elif normalization == "batch":
+        scale = scale.mean().expand_as(scale)
+    elif normalization != "sample":
+        raise ValueError(f"Unknown normalization {normalization!r}: one of group, sample, batch, none.")
+    return probe.direction / (scale + eps).view((-1,) + (1,) * (probe.direction.ndim - 1))

@@ -1,0 +1,100 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+r"""
+The few-step student as a Gaussian policy.
+
+A state is a noisy latent \\(x_{t_k}\\) with its prompt; the student predicts \\(G = \hat x_0(x_{t_k})\\). The action
+is the next, less noisy latent, drawn from \\(\mathcal N(a_{t_{k+1}} G,\, b_{t_{k+1}}^2 I)\\). The last step is
+deterministic: it returns G.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .diffusion import NoiseProcess
+
+
+@dataclass
+class Rollout:
+    """
+    Trajectories of B images over a grid of K timesteps.
+
+    Args:
+        timesteps (K,): the grid, noisiest first.
+        latents (B, K + 1, ...): `latents[:, k]` is the state at `timesteps[k]`, `latents[:, K]` the final image.
+            Images that stopped at their exit step are zero behind it.
+        exit_steps (B,): the step k at which each image is trained.
+        x0 (B, ...): the student's prediction at its exit step.
+    """
+
+    timesteps: torch.Tensor
+    latents: torch.Tensor
+    exit_steps: torch.Tensor
+    x0: torch.Tensor
+
+    @property
+    def exit_latents(self) -> torch.Tensor:
+        """States (B, ...) at the exit steps."""
+        return self.latents[torch.arange(len(self.latents), device=self.latents.device), self.exit_steps]
+
+    @property
+    def exit_timesteps(self) -> torch.Tensor:
+        return self.timesteps[self.exit_steps]
+
+
+def draw_exit_steps(num_groups: int, num_generations: int, num_steps: int, generator=None, device=None):
+    """Exit steps (num_groups * num_generations,): one a group, spread evenly over the grid, in random order."""
+    offset = torch.randint(num_steps, (1,), generator=generator, device=device)
+    order = torch.randperm(num_groups, generator=generator, device=device)
+    return ((order + offset) % num_steps).repeat_interleave(num_generations)
+
+
+@torch.no_grad()
+def rollout(
+    predict_x0: Callable,
+    process: NoiseProcess,
+    timesteps: torch.Tensor,
+    noise: torch.Tensor,
+    exit_steps: torch.Tensor,
+    complete: bool = False,
+) -> Rollout:
+    """
+    Runs the student from pure noise.
+
+    Args:
+        predict_x0 (`Callable`): `(x_t, timesteps, rows) -> x0` for the batch's `rows` (a tensor of indices).
+        timesteps (K,): the student's grid.
+        noise (B, K, ...): `noise[:, 0]` starts each image, `noise[:, k]` re-noises it to `timesteps[k]`.
+        exit_steps (B,): in `0 ... K - 1`; an image is not evaluated behind its exit step,
+        complete (`bool`): unless all K steps are wanted of all images.
+    """
+    num_images, num_steps = noise.shape[:2]
+    latents = noise.new_zeros((num_images, num_steps + 1, *noise.shape[2:]))
+    latents[:, 0] = noise[:, 0]
+    exit_x0 = torch.zeros_like(noise[:, 0])
+    for k in range(num_steps):
+        rows = torch.arange(num_images, device=noise.device) if complete else (exit_steps >= k).nonzero().squeeze(1)
+        if len(rows) == 0:
+            break
+        x0 = predict_x0(latents[rows, k], timesteps[k].expand(len(rows)), rows)
+        leaving = exit_steps[rows] == k
+        exit_x0[rows[leaving]] = x0[leaving]
+        if k + 1 < num_steps:
+            latents[rows, k + 1] = process.add_noise(x0, noise[rows, k + 1], timesteps[k + 1].expand(len(rows)))
+        else:
+            latents[rows, k + 1] = x0
+    return Rollout(timesteps, latents, exit_steps, exit_x0)
+
+
+def log_prob(next_latents: torch.Tensor, x0: torch.Tensor, next_timesteps: torch.Tensor, process: NoiseProcess):
+    r"""
+    Log-density (B,) of `next_latents` (B, ...) under the re-noising policy, in fp32 and averaged over the elements as
+    DDPO and Flow-GRPO do: \\(-\frac{1}{2 b^2 D}|x' - a G|^2 - \frac12 \log 2\pi b^2\\).
+    """
+    a, b = process.coefficients(next_timesteps, x0)
+    density = (
+        -(next_latents.float() - a * x0.float()).square() / (2 * b.square()) - b.log() - 0.5 * math.log(2 * math.pi)
+    )
+    return density.flatten(1).mean(1)

@@ -1,0 +1,46 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""Where prompts come from: DDPO's prompt function or the rows of a data set."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+
+
+def draw_prompts(prompt_function: Callable, number: int, seed: int) -> Dataset:
+    """Calls DDPO's `prompt_function` `number` times, the same on all processes, leaving Python's generators alone."""
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    set_seed(seed)
+    rows = [prompt_function() for _ in range(number)]
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(torch_state)
+    return Dataset.from_list([{"prompt": prompt, "metadata": metadata} for prompt, metadata in rows])
+
+
+def check_prompts(dataset: Dataset | None, name: str) -> Dataset:
+    """`dataset`, if it has prompts. Raises `ValueError` if it is missing, empty, or its prompts are not text."""
+    if dataset is None:
+        raise ValueError(
+            "There are no prompts: give `train_dataset` with a `prompt` column, or `prompt_function`. Only the "
+            "embedded pipeline brings its own."
+        )
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"`{name}` needs a `prompt` column; it has {', '.join(dataset.column_names) or 'none'}.")
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")
+    for i, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str):
+            raise ValueError(f"`prompt` of row {i} of `{name}` is {prompt!r}, but must be text.")
+    return dataset
+
+
+def split_rows(rows: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:
+    """Prompts and metadata of data set rows: DDPO's `metadata` column, or all columns but the prompt."""
+    prompts = [row["prompt"] for row in rows]
+    metadata = [row.get("metadata", {key: value for key, value in row.items() if key != "prompt"}) for row in rows]
+    return prompts, metadata

@@ -1,0 +1,689 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+
+import json
+import shutil
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather, set_seed
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, get_scheduler
+
+from . import evaluation, losses, matching, policy
+from ._trl import RepeatSampler, get_callable_name, nanstd
+from .advantages import group_advantages
+from .callbacks import EmaCallback, ImageTracker, SampleGridCallback
+from .config import RdmDistillConfig
+from .demo import (
+    DEMO_PIPELINE,
+    DEMO_PROMPT_CLASS,
+    DEMO_PROMPTS,
+    DemoClassifier,
+    load_demo_pipeline,
+    load_demo_reference,
+)
+from .diffusion import NoiseProcess, make_student_scheduler
+from .hub import model_card
+from .pipelines import family_of
+from .prompts import check_prompts, draw_prompts, split_rows
+from .rewards import call_reward
+from .roles import ADAPTERS, Roles
+
+
+# Encoded prompts kept in memory, the oldest dropped first: with SD 1.5's 77 x 768 floats, half a gigabyte.
+PROMPT_CACHE_SIZE = 2048
+
+RewardFunction = Callable[..., Any]
+
+
+class RdmDistillTrainer(Trainer):
+    """
+    Distils a many-step diffusion pipeline into a few-step LoRA, with distribution matching as a reward.
+
+    One update: the student's rollout (no gradient), R_dm's direction from teacher and fake score, its normalisation
+    over the prompt's group, one student update along it, and `fake_updates` updates of the fake score on the same
+    images. The constructor follows TRL's former `DDPOTrainer`.
+
+    Example:
+
+    ```python
+    from rdm_trl import RdmDistillConfig, RdmDistillTrainer
+
+    trainer = RdmDistillTrainer(RdmDistillConfig("my-4-step-model", max_steps=100))  # the embedded pipeline
+    trainer.train()
+    ```
+
+    Args:
+        config (`RdmDistillConfig`): all options.
+        reward_function (callable or list of callables, *optional*):
+            `f(images, prompts, metadata)` or `f(images=..., prompts=..., **columns)`; images are (B, 3, H, W) in
+            [0, 1]. Returns one number an image, or (numbers, metadata). See [`rewards.call_reward`].
+        prompt_function (callable, *optional*): `() -> (prompt, metadata)`, as in DDPO; instead of `train_dataset`.
+        sd_pipeline (pipeline, path or Hub id, *optional*): the teacher; the embedded pipeline by default.
+        image_samples_hook (callable, *optional*):
+            `(prompt_image_data, global_step, tracker)`, called at each logging step with a list of
+            `[images, prompts, metadata, rewards, reward_metadata]`.
+        train_dataset (`Dataset`, *optional*):
+            With a `prompt` column; other columns are handed to the rewards. For the embedded pipeline its captions.
+        eval_dataset (`Dataset`, *optional*): prompts of `evaluate`; those of training by default.
+        peft_config (`LoraConfig`, *optional*):
+            Of student and fake score; rank 32 by default, on the layers that LCM-LoRA uses.
+        callbacks, optimizers: as in `transformers.Trainer`; the optimizer is the student's.
+
+    Raises:
+        ValueError: no prompts, an unsupported pipeline or scheduler, mismatched weights; before anything is trained.
+    """
+
+    _tag_names = ["diffusers", "lora", "text-to-image", "trl", "rdm-trl"]
+
+    def __init__(
+        self,
+        config: RdmDistillConfig,
+        reward_function: RewardFunction | list[RewardFunction] | None = None,
+        prompt_function: Callable[[], tuple[str, Any]] | None = None,
+        sd_pipeline: DiffusionPipeline | str | Path | None = None,
+        image_samples_hook: Callable[[Any, int, Any], Any] | None = None,
+        *,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        # Pipeline
+        if sd_pipeline is None:
+            sd_pipeline = load_demo_pipeline()
+        elif not isinstance(sd_pipeline, DiffusionPipeline):
+            dtype = torch.bfloat16 if config.bf16 else torch.float32
+            sd_pipeline = DiffusionPipeline.from_pretrained(sd_pipeline, torch_dtype=dtype)
+        self.sd_pipeline = sd_pipeline
+        self.family = family_of(sd_pipeline)
+        self.base_model = sd_pipeline.config.get("_name_or_path") or sd_pipeline.name_or_path
+        self.is_demo = self.base_model == DEMO_PIPELINE
+        self.process = NoiseProcess(sd_pipeline.scheduler)
+        self.student_scheduler = make_student_scheduler(sd_pipeline.scheduler, config.sample_num_steps)
+
+        # Rewards
+        if reward_function is None:
+            reward_function = []
+        self.reward_funcs = reward_function if isinstance(reward_function, list) else [reward_function]
+        self.reward_names = [get_callable_name(function) for function in self.reward_funcs]
+        weights = config.reward_weights if config.reward_weights is not None else [1.0] * len(self.reward_funcs)
+        if len(weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"`reward_weights` has {len(weights)} values for {len(self.reward_funcs)} reward functions."
+            )
+        self.reward_weights = torch.tensor(weights)
+        self.image_samples_callback = image_samples_hook
+
+        # Prompts
+        self.prompt_fn = prompt_function
+        if train_dataset is None and prompt_function is None and self.is_demo:
+            train_dataset = Dataset.from_dict({"prompt": DEMO_PROMPTS})
+        num_prompts = config.per_device_train_batch_size // config.num_generations * config.world_size
+        if prompt_function is not None:
+            if train_dataset is not None:
+                raise ValueError("Give prompts by `prompt_function` or by `train_dataset`, not both.")
+            train_dataset = draw_prompts(prompt_function, config.max_steps * num_prompts, config.seed)
+        train_dataset = check_prompts(train_dataset, "train_dataset")
+        if len(train_dataset) < num_prompts:
+            train_dataset = train_dataset.repeat(-(-num_prompts // len(train_dataset)))
+        eval_dataset = check_prompts(eval_dataset, "eval_dataset") if eval_dataset is not None else train_dataset
+
+        # Model: one frozen denoiser and its adapters, equal on all processes
+        set_seed(config.seed)
+        if peft_config is None:
+            peft_config = LoraConfig(r=32, lora_alpha=32, init_lora_weights="gaussian")
+        if peft_config.target_modules is None:
+            peft_config = replace(peft_config, target_modules=self.family.lora_target_modules)
+        roles = Roles(self.family.denoiser, peft_config)
+        self.lora_config = peft_config
+
+        super().__init__(
+            model=roles,
+            args=config,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[EmaCallback(), SampleGridCallback(self), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False  # `Roles.forward` takes any keyword, but no token count
+        sd_pipeline.to(self.accelerator.device)
+        self.student_timesteps = self.student_scheduler.timesteps.to(self.accelerator.device)
+        # Other noise on each process, from here on.
+        set_seed(config.seed, device_specific=True)
+
+        self.fake_optimizer = None
+        self.metrics = {}
+        self.cost = {"updates": 0, "rollouts": 0, "teacher_evaluations": 0, "seconds": 0.0}
+        self._fake_batches = []
+        self._condition_cache = OrderedDict()
+        self._measured = {}
+        self._records = defaultdict(list)
+
+    # -------------------------------------------------------------------------------------------------- data and roles
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        args = self.args
+        return RepeatSampler(
+            train_dataset if train_dataset is not None else self.train_dataset,
+            mini_repeat_count=args.num_generations,
+            batch_size=args.per_device_train_batch_size // args.num_generations * args.world_size,
+            seed=args.seed,
+        )
+
+    def encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """The denoiser's conditions for `prompts`, each encoded once and remembered."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._condition_cache]
+        encoded = {prompt: self._condition_cache[prompt] for prompt in prompts if prompt not in missing}
+        for start in range(0, len(missing), self.args.per_device_eval_batch_size):
+            chunk = missing[start : start + self.args.per_device_eval_batch_size]
+            condition = self.family.encode_prompts(chunk)
+            for i, prompt in enumerate(chunk):
+                encoded[prompt] = {key: value[i] for key, value in condition.items()}
+        self._condition_cache.update(encoded)
+        while len(self._condition_cache) > PROMPT_CACHE_SIZE:
+            self._condition_cache.popitem(last=False)
+        return {key: torch.stack([encoded[prompt][key] for prompt in prompts]) for key in encoded[prompts[0]]}
+
+    def predict_x0(self, model, role: str, x_t, timesteps, condition) -> torch.Tensor:
+        """Denoised prediction of `role`, without guidance; `model` is `self.model`, wrapped or not."""
+        output = self.family.denoise(lambda *a, **k: model(role, *a, **k), x_t, timesteps, condition)
+        return self.process.to_x0(output, x_t, timesteps)
+
+    @torch.no_grad()
+    def predict_teacher(self, x_t, timesteps, condition) -> torch.Tensor:
+        """The teacher's denoised prediction, with guidance: both halves in one batch."""
+        guidance_scale = self.args.sample_guidance_scale
+        self.cost["teacher_evaluations"] += len(x_t) * (2 if guidance_scale > 1 else 1)
+        if guidance_scale <= 1:
+            return self.predict_x0(self.model, "teacher", x_t, timesteps, condition)
+        negative = self.encode([self.args.negative_prompts])
+        both = {key: torch.cat([value, negative[key].expand_as(value)]) for key, value in condition.items()}
+        x0 = self.predict_x0(self.model, "teacher", torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both)
+        conditional, unconditional = x0.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    # ------------------------------------------------------------------------------------------- sample, score, update
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        start = time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            gradients = [p.grad for p in self.model.adapter_parameters("student") if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if not norm.isfinite():
+                raise FloatingPointError(
+                    f"The student's gradient is {norm.item()} at step {self.state.global_step}; no weight was "
+                    "changed. Lower `learning_rate` or `sample_guidance_scale`, or train in full precision."
+                )
+            self.update_fake()
+        seconds = time.perf_counter() - start
+        self.cost["seconds"] += seconds
+        self._record("step_time", seconds)
+        self._record("samples_per_second", self.args.per_device_train_batch_size * self.args.world_size / seconds)
+        return loss
+
+    def _prepare_inputs(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Sample and score: all that the student's update needs, computed without gradient."""
+        args, device = self.args, self.accelerator.device
+        prompts, metadata = split_rows(rows)
+        num_groups = len(prompts) // args.num_generations
+        condition = self.encode(prompts)
+        with torch.no_grad(), self.accelerator.autocast():
+            exit_steps = policy.draw_exit_steps(num_groups, args.num_generations, args.sample_num_steps)
+            looks_at_pixels = bool(self.reward_funcs) or self.image_samples_callback is not None
+            rollout = self._rollout(condition, exit_steps.to(device), complete=looks_at_pixels)
+            fractions = matching.draw_fractions(
+                num_groups, args.num_generations, args.dm_timestep_sampling, args.dm_timestep_range
+            )
+            probe = matching.probe(
+                lambda x_t, t: self.predict_teacher(x_t, t, condition),
+                lambda x_t, t: self.predict_x0(self.model, "fake", x_t, t, condition),
+                self.process,
+                rollout.x0,
+                torch.randn_like(rollout.x0),
+                self.process.timesteps_at(fractions).to(device),
+            )
+        self._check_finite("R_dm", probe.direction.flatten(1).abs().sum(1), prompts)
+        if args.dm_normalization == "batch":
+            probe.scale = gather(probe.scale).mean().expand_as(probe.scale)
+        advantage = matching.normalize(probe, args.dm_normalization, args.num_generations)
+
+        scalar_advantage = None
+        if looks_at_pixels:
+            rewards = self._score(rollout, prompts, metadata)
+            if self.reward_funcs:
+                scalar_advantage = group_advantages(
+                    rewards, self.reward_weights.to(device), args.num_generations, args.scale_rewards
+                )
+        self._fake_batches.append((rollout.x0, condition))
+        self._record("rewards/distribution_matching/mean", probe.reward.mean())
+        self._record("rewards/distribution_matching/std", probe.reward.std())
+        self._record("dm/scale", probe.scale.mean())
+        self._record("dm/direction", probe.direction.abs().mean())
+        self._record("x0/mean", rollout.x0.mean())
+        self._record("x0/std", rollout.x0.std())
+        return {
+            "prompts": prompts,
+            "condition": condition,
+            "rollout": rollout,
+            "advantage": advantage,
+            "scalar_advantage": scalar_advantage,
+        }
+
+    def _rollout(self, condition: dict[str, torch.Tensor], exit_steps: torch.Tensor, complete: bool):
+        shape = (len(exit_steps), self.args.sample_num_steps, *self.family.latent_shape)
+        noise = torch.randn(shape, device=self.accelerator.device)
+        self.cost["rollouts"] += len(exit_steps)
+
+        def predict(x_t, timesteps, rows):
+            chosen = {key: value[rows] for key, value in condition.items()}
+            return self.predict_x0(self.model, "student", x_t, timesteps, chosen)
+
+        return policy.rollout(predict, self.process, self.student_timesteps, noise, exit_steps, complete)
+
+    def _score(self, rollout, prompts: list[str], metadata: list[Any]) -> torch.Tensor:
+        """Decodes the final images, calls the rewards, logs them, and calls the image hook. Rewards (B, M)."""
+        with torch.no_grad():
+            images = self.family.decode(rollout.latents[:, -1])
+        pairs = [[images, prompts, metadata]]
+        rewards, reward_metadata = self.compute_rewards(pairs)[0]
+        if self.reward_funcs:
+            everywhere = gather(rewards)
+            for i, name in enumerate(self.reward_names):
+                self._record(f"rewards/{name}/mean", everywhere[:, i].nanmean())
+                self._record(f"rewards/{name}/std", nanstd(everywhere[:, i]))
+            total = (everywhere * self.reward_weights.to(everywhere)).nansum(1)
+            self._record("reward", total.mean())
+            self._record("reward_std", total.view(-1, self.args.num_generations).std(1).mean())
+        logging = self.args.logging_steps and self.state.global_step % self.args.logging_steps == 0
+        if self.image_samples_callback is not None and logging and self.is_world_process_zero():
+            shown = rewards[:, 0] if rewards.shape[1] == 1 else rewards
+            self.image_samples_callback(
+                [[images, prompts, metadata, shown, reward_metadata]], self.state.global_step, ImageTracker(self)
+            )
+        return rewards
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        rollout = inputs["rollout"]
+        x0 = self.predict_x0(model, "student", rollout.exit_latents, rollout.exit_timesteps, inputs["condition"])
+        loss = self.args.dm_weight * losses.student_loss(x0, inputs["advantage"])
+        if inputs["scalar_advantage"] is not None:
+            loss = loss + self._transition_loss(x0, rollout, inputs["scalar_advantage"])
+        self._check_finite("student's prediction", x0.detach().flatten(1).sum(1), inputs["prompts"])
+        self._record("loss/student", loss)
+        return (loss, x0) if return_outputs else loss
+
+    def _transition_loss(self, x0: torch.Tensor, rollout: policy.Rollout, advantages: torch.Tensor) -> torch.Tensor:
+        """Policy gradient of the rewards, over the images whose exit step has a stochastic transition behind it."""
+        rows = (rollout.exit_steps + 1 < len(rollout.timesteps)).nonzero().squeeze(1)
+        if len(rows) == 0:
+            return x0.sum() * 0
+        following = rollout.exit_steps[rows] + 1
+        next_timesteps = rollout.timesteps[following]
+        next_latents = rollout.latents[rows, following]
+        new = policy.log_prob(next_latents, x0[rows], next_timesteps, self.process)
+        old = policy.log_prob(next_latents, rollout.x0[rows], next_timesteps, self.process)
+        # Counted over the whole batch, as the distribution-matching loss is.
+        ratio = torch.exp(new - old)
+        return self.loss(advantages[rows], self.args.epsilon, ratio) * len(rows) / len(x0)
+
+    def update_fake(self):
+        """`fake_updates` denoising updates of the fake score on the student's latest images."""
+        if self.fake_optimizer is None:
+            self._create_fake_optimizer()
+        parameters = self.model.adapter_parameters("fake")
+        for _ in range(self.args.fake_updates):
+            for x0, condition in self._fake_batches:
+                with self.accelerator.autocast():
+                    timesteps = self.process.timesteps_at(torch.rand(len(x0))).to(x0.device)
+                    noise = torch.randn_like(x0)
+                    x_t = self.process.add_noise(x0, noise, timesteps)
+                    output = self.family.denoise(
+                        lambda *a, **k: self.model("fake", *a, **k), x_t, timesteps, condition
+                    )
+                    loss = losses.denoising_loss(output, self.process.target(x0, noise, timesteps))
+                if not loss.isfinite():
+                    raise FloatingPointError(
+                        f"The fake score's loss is {loss.item()} at step {self.state.global_step}."
+                    )
+                (loss / len(self._fake_batches)).backward()
+                self._record("loss/fake", loss)
+            for parameter in parameters:  # outside DDP, which wraps the student
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+            if self.args.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+            self.fake_optimizer.step()
+            self.fake_scheduler.step()
+            self.fake_optimizer.zero_grad()
+        self._fake_batches.clear()
+        self._record("fake_learning_rate", self.fake_scheduler.get_last_lr()[0])
+
+    def create_optimizer(self, model=None):
+        """The student's optimizer; the fake score has its own."""
+        if self.optimizer is None:
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            parameters = self.model.adapter_parameters("student")
+            self.optimizer = optimizer_class(parameters, weight_decay=self.args.weight_decay, **kwargs)
+        return self.optimizer
+
+    def _create_fake_optimizer(self):
+        args = self.args
+        optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
+        kwargs["lr"] = args.fake_learning_rate
+        parameters = self.model.adapter_parameters("fake")
+        self.fake_optimizer = optimizer_class(parameters, weight_decay=args.weight_decay, **kwargs)
+        self.fake_scheduler = get_scheduler(
+            args.fake_lr_scheduler_type,
+            self.fake_optimizer,
+            num_warmup_steps=args.fake_warmup_steps,
+            num_training_steps=args.max_steps * args.fake_updates,
+        )
+
+    # ------------------------------------------------------------------------------------------------ DDPO's interface
+
+    def compute_rewards(self, prompt_image_pairs: list, is_async: bool = False) -> list[tuple[torch.Tensor, Any]]:
+        """
+        Rewards of several batches.
+
+        Args:
+            prompt_image_pairs (`list`): of `[images, prompts, metadata]`, images (B, 3, H, W) in [0, 1].
+            is_async (`bool`): score the batches in threads.
+
+        Returns:
+            For each batch the rewards (B, M), a column for each reward function, and their metadata by name.
+        """
+
+        def score(pair):
+            images, prompts, metadata = pair
+            rewards, reward_metadata = images.new_zeros((len(images), len(self.reward_funcs))), {}
+            for i, (name, function) in enumerate(zip(self.reward_names, self.reward_funcs, strict=True)):
+                rewards[:, i], reward_metadata[name] = call_reward(function, images, prompts, metadata)
+            return rewards, reward_metadata
+
+        if is_async:
+            with ThreadPoolExecutor() as executor:
+                return list(executor.map(score, prompt_image_pairs))
+        return [score(pair) for pair in prompt_image_pairs]
+
+    def loss(self, advantages: torch.Tensor, clip_range: float, ratio: torch.Tensor) -> torch.Tensor:
+        """PPO's clipped loss of `advantages` and importance `ratio` (B,); used for every scalar reward."""
+        return losses.clipped_policy_loss(advantages, ratio, clip_range)
+
+    def calculate_loss(self, latents, timesteps, next_latents, log_probs, advantages, embeds):
+        """
+        Policy loss of one denoising step, for samples of `_generate_samples`.
+
+        Args:
+            latents, next_latents (B, ...): the states before and behind the step.
+            timesteps (B,): of `latents`, on the student's grid and not its last, which is deterministic.
+            log_probs, advantages (B,): of the rollout's policy.
+            embeds: prompt embeddings, or the dictionary of conditions that `encode` returns.
+
+        Returns:
+            `(loss, approx_kl, clipfrac)`.
+        """
+        condition = embeds if isinstance(embeds, dict) else {"prompt_embeds": embeds}
+        step = (timesteps[:, None] == self.student_timesteps).long().argmax(1)
+        if (step + 1 >= len(self.student_timesteps)).any():
+            raise ValueError("The last denoising step is deterministic: it has no log-probability.")
+        with self.accelerator.autocast():
+            x0 = self.predict_x0(self.model, "student", latents, timesteps, condition)
+        log_prob = policy.log_prob(next_latents, x0, self.student_timesteps[step + 1], self.process)
+        ratio = torch.exp(log_prob - log_probs)
+        loss = self.loss(advantages, self.args.epsilon, ratio)
+        approx_kl = 0.5 * (log_prob - log_probs).square().mean()
+        clipfrac = ((ratio - 1).abs() > self.args.epsilon).float().mean()
+        return loss, approx_kl, clipfrac
+
+    def _generate_samples(self, iterations: int, batch_size: int) -> tuple[list[dict], list]:
+        """
+        Complete rollouts in DDPO's form.
+
+        Returns:
+            Sample dictionaries, with T = `sample_num_steps - 1` stochastic transitions, of `prompt_ids`, the
+            conditions (`prompt_embeds`), `timesteps` (B, T), `latents` and `next_latents` (B, T, ...), `log_probs` (B,
+            T) and `negative_prompt_embeds`; and `[images, prompts, metadata]` of each batch.
+        """
+        samples, pairs = [], []
+        for _ in range(iterations):
+            rows = [self.train_dataset[i] for i in torch.randint(len(self.train_dataset), (batch_size,)).tolist()]
+            prompts, metadata = split_rows(rows)
+            condition = self.encode(prompts)
+            last = len(self.student_timesteps) - 1
+            exit_steps = torch.full((batch_size,), last, device=self.accelerator.device)
+            with torch.no_grad(), self.accelerator.autocast():
+                rollout = self._rollout(condition, exit_steps, complete=True)
+                log_probs = []
+                for k in range(last):
+                    t = self.student_timesteps[k].expand(batch_size)
+                    x0 = self.predict_x0(self.model, "student", rollout.latents[:, k], t, condition)
+                    next_t = self.student_timesteps[k + 1].expand(batch_size)
+                    log_probs.append(policy.log_prob(rollout.latents[:, k + 1], x0, next_t, self.process))
+            tokenizer = self.sd_pipeline.tokenizer
+            samples.append(
+                {
+                    "prompt_ids": tokenizer(
+                        prompts, padding="max_length", truncation=True, return_tensors="pt"
+                    ).input_ids,
+                    **condition,
+                    "timesteps": self.student_timesteps[:last].expand(batch_size, -1),
+                    "latents": rollout.latents[:, :last],
+                    "next_latents": rollout.latents[:, 1 : last + 1],
+                    "log_probs": torch.stack(log_probs, 1) if last else torch.zeros(batch_size, 0),
+                    "negative_prompt_embeds": self.encode([self.args.negative_prompts] * batch_size)["prompt_embeds"],
+                }
+            )
+            with torch.no_grad():
+                pairs.append([self.family.decode(rollout.latents[:, -1]), prompts, metadata])
+        return samples, pairs
+
+    # ------------------------------------------------------------------------------------------- look, measure and log
+
+    def sample(self, who: str, prompts: list[str], description: str | None = None) -> torch.Tensor:
+        """
+        Images (B, 3, H, W) in [0, 1], drawn by the pipeline itself. The same prompts get the same initial noise.
+
+        Args:
+            who (`str`): `"teacher"` (`teacher_num_steps`, guided), `"base"` (the teacher at the student's number of
+                steps, unguided) or `"student"` (the average of its weights, with its own scheduler).
+            description (`str`, *optional*): title of a progress bar.
+        """
+        args, base_scheduler = self.args, self.sd_pipeline.scheduler
+        role, scheduler, num_steps, guidance_scale = {
+            "teacher": ("teacher", base_scheduler, args.teacher_num_steps, args.sample_guidance_scale),
+            "base": ("teacher", base_scheduler, args.sample_num_steps, 1.0),
+            "student": ("ema", self.student_scheduler, args.sample_num_steps, 1.0),
+        }[who]
+        batches = range(0, len(prompts), args.per_device_eval_batch_size)
+        images = []
+        for i, start in enumerate(tqdm(batches, desc=description, disable=description is None or args.disable_tqdm)):
+            generator = torch.Generator().manual_seed(args.seed + i)
+            chunk = prompts[start : start + args.per_device_eval_batch_size]
+            with self.model.use(role), self.accelerator.autocast():
+                images.append(
+                    self.family.sample(scheduler, chunk, num_steps, guidance_scale, args.negative_prompts, generator)
+                )
+        return torch.cat(images)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """
+        Compares teacher, base and student on `num_eval_images` images, and writes `metrics.json`.
+
+        Returns:
+            The student's figures under `eval_`, the base's and teacher's under `eval_base_` and `eval_teacher_`: `fid`
+            (to real images, where their statistics are known), `fid_teacher` (to the teacher's images of the same
+            prompts: the literature's FID-SD), `class_accuracy` (embedded pipeline), `diversity` and each reward's
+            mean.
+        """
+        dataset = check_prompts(eval_dataset, "eval_dataset") if eval_dataset is not None else self.eval_dataset
+        all_prompts, metadata = split_rows(list(dataset))
+        chosen = [i % len(all_prompts) for i in range(-(-self.args.num_eval_images // self.args.num_generations))]
+        chosen = [i for i in chosen for _ in range(self.args.num_generations)]
+        if self.is_world_process_zero():
+            self._measure([all_prompts[i] for i in chosen], [metadata[i] for i in chosen])
+            self._write_metrics(Path(self.args.output_dir))
+        self.metrics = broadcast_object_list([self.metrics])[0]
+        results = {}
+        for who, prefix in (("student", ""), ("base", "base_"), ("teacher", "teacher_")):
+            figures = {**self.metrics[who], **self.metrics[who]["rewards"]}
+            figures.pop("rewards")
+            results |= {f"{metric_key_prefix}_{prefix}{name}": value for name, value in figures.items()}
+        self.log(dict(results))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
+        return results
+
+    def _measure(self, prompts: list[str], metadata: list[Any]):
+        """Fills `self.metrics`; the teacher's and the base's figures only once, since they never change."""
+        features_of = reference = target = None
+        if self.is_demo:
+            features_of, reference = DemoClassifier(), load_demo_reference()
+            if all(prompt in DEMO_PROMPT_CLASS for prompt in prompts):
+                target = torch.tensor([DEMO_PROMPT_CLASS[prompt] for prompt in prompts])
+        elif self.args.eval_feature_model is not None:
+            features_of = evaluation.PretrainedFeatures(self.args.eval_feature_model)
+        for who in ("teacher", "base", "student"):
+            if who != "student" and self._measured.get(who) == prompts:
+                continue
+            images = self.sample(who, prompts, description=f"evaluating the {who}")
+            figures = {}
+            if features_of is not None:
+                teacher = self._teacher_statistics if who != "teacher" else None
+                figures, statistics = evaluation.compare(images, prompts, features_of, reference, teacher, target)
+                if who == "teacher":
+                    self._teacher_statistics = statistics
+            rewards, _ = self.compute_rewards([[images, prompts, metadata]])[0]
+            figures["rewards"] = dict(zip(self.reward_names, rewards.nanmean(0).tolist(), strict=True))
+            self.metrics[who] = figures
+            self._measured[who] = prompts
+        self.metrics["note"] = f"{len(prompts)} images of each model, seed {self.args.seed}, {evaluation.machine()}."
+
+    def _record(self, name: str, value):
+        self._records[name].append(torch.as_tensor(value).detach().float())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs and self._records:
+            device = self.accelerator.device
+            means = torch.stack(
+                [torch.stack([v.to(device) for v in values]).double().nanmean() for values in self._records.values()]
+            )
+            logs.update(zip(self._records, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+            self._records.clear()
+        super().log(logs, start_time)
+
+    def _check_finite(self, name: str, values: torch.Tensor, prompts: list[str]):
+        finite = values.isfinite()
+        if not finite.all():
+            prompt = prompts[(~finite).nonzero()[0].item()]
+            raise FloatingPointError(
+                f"The {name} is not finite for the prompt {prompt!r} at step {self.state.global_step}; no weight was "
+                "changed. Lower `learning_rate` or `sample_guidance_scale`, or train in full precision."
+            )
+
+    # ------------------------------------------------------------------------------------------- checkpoints and cards
+
+    def settings(self) -> dict[str, Any]:
+        """All that is needed to repeat the run: our options, those of `Trainer` that matter, and the LoRA's."""
+        ours = [
+            name for name in RdmDistillConfig.__annotations__ if name not in ("report_to", "remove_unused_columns")
+        ]
+        theirs = (
+            "gradient_accumulation_steps",
+            "optim",
+            "weight_decay",
+            "max_grad_norm",
+            "warmup_steps",
+            "bf16",
+            "seed",
+        )
+        settings = {name: getattr(self.args, name) for name in (*ours, *theirs)}
+        settings = {name: str(v.value) if hasattr(v, "value") else v for name, v in settings.items()}
+        base = "rdm_trl.demo" if self.is_demo else self.base_model
+        lora = {"lora_r": self.lora_config.r, "lora_alpha": self.lora_config.lora_alpha}
+        return {"base_model": base, "num_processes": self.args.world_size, **settings, **lora}
+
+    def _write_metrics(self, folder: Path):
+        self.cost["updates"] = self.state.global_step
+        self.cost["peak_memory_mb"] = evaluation.peak_memory_mb()
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**self.metrics, "settings": self.settings(), "cost": self.cost}, indent=2)
+        (folder / "metrics.json").write_text(text + "\n")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        """A distilled checkpoint: the student's LoRA, its scheduler, card, samples and figures."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = self.model.denoiser.peft_config["ema"].to_dict()
+        self.family.save_lora(folder, self.model.adapter_state("ema"), metadata)
+        self.student_scheduler.save_pretrained(folder / "scheduler")
+        self._write_metrics(folder)
+        grid = Path(self.args.output_dir) / "samples" / "grid.png"
+        if grid.exists() and not (folder / "samples" / "grid.png").exists():
+            (folder / "samples").mkdir(exist_ok=True)
+            shutil.copy(grid, folder / "samples" / "grid.png")
+        self._write_card(folder, folder.absolute().name, str(folder.absolute()))
+
+    def _write_card(self, folder: Path, name: str, repo: str, tags: list[str] | None = None):
+        card = model_card(
+            name=name,
+            repo=repo,
+            base=None if self.is_demo else self.base_model,
+            prompt=self.train_dataset[0]["prompt"],
+            scheduler=self.student_scheduler,
+            settings=self.settings(),
+            metrics=self.metrics,
+            tags=[*self._tag_names, *(tags or [])],
+        )
+        card.save(folder / "README.md")
+
+    def create_model_card(self, model_name=None, tags=None, **kwargs):
+        """Writes `README.md` of the output folder, for the repository that `push_to_hub` uploads to."""
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            tags = [tags] if isinstance(tags, str) else tags
+            repo = self.hub_model_id or str(folder.absolute())
+            self._write_card(folder, model_name or folder.absolute().name, repo, tags)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            folder = Path(output_dir)
+            adapters = {
+                f"{name}.{key}": value.contiguous()
+                for name in ADAPTERS
+                for key, value in self.model.adapter_state(name).items()
+            }
+            save_file(adapters, folder / "adapters.safetensors")
+            state = {"optimizer": self.fake_optimizer.state_dict(), "scheduler": self.fake_scheduler.state_dict()}
+            torch.save(state, folder / "fake_optimizer.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        state = load_file(Path(resume_from_checkpoint) / "adapters.safetensors")
+        for name in ADAPTERS:
+            adapter = {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}.")}
+            self.model.load_adapter(name, adapter)
+        self.cost = json.loads((Path(resume_from_checkpoint) / "metrics.json").read_text())["cost"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._create_fake_optimizer()
+            device = self.accelerator.device
+            state = torch.load(Path(checkpoint) / "fake_optimizer.pt", map_location=device, weights_only=True)
+            self.fake_optimizer.load_state_dict(state["optimizer"])
+            self.fake_scheduler.load_state_dict(state["scheduler"])

@@ -1,0 +1,34 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+EXTRAS = {
+    "test": ["pytest>=8", "scipy>=1.11"],
+    "eval": ["matplotlib>=3.8"],
+    "docs": ["mkdocs>=1.6"],
+}
+
+setup(
+    name="rdm_trl",
+    version="0.1.0.dev0",
+    description="Few-step diffusion distillation in the style of TRL: distribution matching as a reward",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["rdm_trl", "rdm_trl.*"]),
+    package_data={"rdm_trl.demo": ["*.safetensors", "*.json", "*.md", "classifier/*", "pipeline/*", "pipeline/*/*"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "diffusers>=0.42",
+        "trl>=1.16",
+        "transformers>=5.23",
+        "accelerate>=1.15",
+        "peft>=0.21",
+        "datasets>=5.0",
+        "huggingface_hub>=2.4",
+    ],
+    extras_require=EXTRAS,
+)
