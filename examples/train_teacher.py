@@ -42,6 +42,7 @@ from rdm_trl.demo import CLASSES, DEMO_PROMPTS, PHRASINGS
 
 
 BATCH_SIZE = 64
+KL_WEIGHT = 1e-6  # as in Stable Diffusion: details stay in the latents, for the denoiser to draw
 
 
 def parse_args():
@@ -142,7 +143,7 @@ def train_autoencoder(images, epochs, folder):
         x = images[batch]
         posterior = vae.encode(x).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample
-        return F.l1_loss(reconstruction, x) + F.mse_loss(reconstruction, x) + 2e-5 * posterior.kl().mean()
+        return F.l1_loss(reconstruction, x) + F.mse_loss(reconstruction, x) + KL_WEIGHT * posterior.kl().mean()
 
     train("autoencoder", list(vae.parameters()), loss_fn, len(images), epochs, 2e-3)
     # The denoiser wants latents of unit spread.
@@ -172,7 +173,7 @@ def make_tokenizer(folder) -> CLIPTokenizer:
 
 
 def train_denoiser(images, labels, epochs, folder):
-    vae = AutoencoderKL.from_pretrained(folder / "pipeline" / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(folder / "pipeline" / "vae", dtype=torch.float32).eval()
     latents = encode(vae, images)
     tokenizer = make_tokenizer(folder)
     text_encoder = CLIPTextModel(
@@ -239,7 +240,9 @@ def train_denoiser(images, labels, epochs, folder):
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(folder / "pipeline")
+    pipeline.to(torch.float16)
+    pipeline.text_encoder.float()  # transformers loads it as it was saved, diffusers the others in full precision
+    pipeline.save_pretrained(folder / "pipeline")
 
 
 def report(images, labels, folder, seed):

@@ -18,7 +18,7 @@ A LoRA that lets {{ base_name }} draw an image in {{ num_steps }} unguided denoi
 import torch
 from diffusers import DiffusionPipeline, {{ scheduler_class }}
 {{ base_import }}
-pipe = DiffusionPipeline.from_pretrained({{ base }}, torch_dtype=torch.float32)
+pipe = DiffusionPipeline.from_pretrained({{ base }}, dtype=torch.float32)
 pipe.load_lora_weights({{ repo }})
 pipe.scheduler = {{ scheduler_class }}.from_pretrained({{ repo }}, subfolder="scheduler")
 image = pipe({{ prompt }}, num_inference_steps={{ num_steps }}, guidance_scale=1.0).images[0]

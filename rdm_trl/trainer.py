@@ -106,7 +106,7 @@ class RdmDistillTrainer(Trainer):
             sd_pipeline = load_demo_pipeline()
         elif not isinstance(sd_pipeline, DiffusionPipeline):
             dtype = torch.bfloat16 if config.bf16 else torch.float32
-            sd_pipeline = DiffusionPipeline.from_pretrained(sd_pipeline, torch_dtype=dtype)
+            sd_pipeline = DiffusionPipeline.from_pretrained(sd_pipeline, dtype=dtype)
         self.sd_pipeline = sd_pipeline
         self.family = family_of(sd_pipeline)
         self.base_model = sd_pipeline.config.get("_name_or_path") or sd_pipeline.name_or_path
@@ -244,7 +244,8 @@ class RdmDistillTrainer(Trainer):
         condition = self.encode(prompts)
         with torch.no_grad(), self.accelerator.autocast():
             exit_steps = policy.draw_exit_steps(num_groups, args.num_generations, args.sample_num_steps)
-            looks_at_pixels = bool(self.reward_funcs) or self.image_samples_callback is not None
+            logs_now = self.state.logging_steps and self.state.global_step % self.state.logging_steps == 0
+            looks_at_pixels = bool(self.reward_funcs) or (self.image_samples_callback is not None and logs_now)
             rollout = self._rollout(condition, exit_steps.to(device), complete=looks_at_pixels)
             fractions = matching.draw_fractions(
                 num_groups, args.num_generations, args.dm_timestep_sampling, args.dm_timestep_range
@@ -264,7 +265,7 @@ class RdmDistillTrainer(Trainer):
 
         scalar_advantage = None
         if looks_at_pixels:
-            rewards = self._score(rollout, prompts, metadata)
+            rewards = self._score(rollout, prompts, metadata, call_hook=logs_now)
             if self.reward_funcs:
                 scalar_advantage = group_advantages(
                     rewards, self.reward_weights.to(device), args.num_generations, args.scale_rewards
@@ -295,12 +296,11 @@ class RdmDistillTrainer(Trainer):
 
         return policy.rollout(predict, self.process, self.student_timesteps, noise, exit_steps, complete)
 
-    def _score(self, rollout, prompts: list[str], metadata: list[Any]) -> torch.Tensor:
+    def _score(self, rollout, prompts: list[str], metadata: list[Any], call_hook: bool) -> torch.Tensor:
         """Decodes the final images, calls the rewards, logs them, and calls the image hook. Rewards (B, M)."""
         with torch.no_grad():
             images = self.family.decode(rollout.latents[:, -1])
-        pairs = [[images, prompts, metadata]]
-        rewards, reward_metadata = self.compute_rewards(pairs)[0]
+        rewards, reward_metadata = self.compute_rewards([[images, prompts, metadata]])[0]
         if self.reward_funcs:
             everywhere = gather(rewards)
             for i, name in enumerate(self.reward_names):
@@ -309,8 +309,7 @@ class RdmDistillTrainer(Trainer):
             total = (everywhere * self.reward_weights.to(everywhere)).nansum(1)
             self._record("reward", total.mean())
             self._record("reward_std", total.view(-1, self.args.num_generations).std(1).mean())
-        logging = self.args.logging_steps and self.state.global_step % self.args.logging_steps == 0
-        if self.image_samples_callback is not None and logging and self.is_world_process_zero():
+        if self.image_samples_callback is not None and call_hook and self.is_world_process_zero():
             shown = rewards[:, 0] if rewards.shape[1] == 1 else rewards
             self.image_samples_callback(
                 [[images, prompts, metadata, shown, reward_metadata]], self.state.global_step, ImageTracker(self)
@@ -335,10 +334,9 @@ class RdmDistillTrainer(Trainer):
         following = rollout.exit_steps[rows] + 1
         next_timesteps = rollout.timesteps[following]
         next_latents = rollout.latents[rows, following]
-        new = policy.log_prob(next_latents, x0[rows], next_timesteps, self.process)
-        old = policy.log_prob(next_latents, rollout.x0[rows], next_timesteps, self.process)
+        log_prob = policy.log_prob(next_latents, x0[rows], next_timesteps, self.process)
+        ratio = torch.exp(log_prob - log_prob.detach())  # one update a rollout: the old policy is the present one
         # Counted over the whole batch, as the distribution-matching loss is.
-        ratio = torch.exp(new - old)
         return self.loss(advantages[rows], self.args.epsilon, ratio) * len(rows) / len(x0)
 
     def update_fake(self):
@@ -493,7 +491,9 @@ class RdmDistillTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------- look, measure and log
 
-    def sample(self, who: str, prompts: list[str], description: str | None = None) -> torch.Tensor:
+    def sample(
+        self, who: str, prompts: list[str], description: str | None = None, seed: int | None = None
+    ) -> torch.Tensor:
         """
         Images (B, 3, H, W) in [0, 1], drawn by the pipeline itself. The same prompts get the same initial noise.
 
@@ -501,8 +501,10 @@ class RdmDistillTrainer(Trainer):
             who (`str`): `"teacher"` (`teacher_num_steps`, guided), `"base"` (the teacher at the student's number of
                 steps, unguided) or `"student"` (the average of its weights, with its own scheduler).
             description (`str`, *optional*): title of a progress bar.
+            seed (`int`, *optional*): of the noise; the run's seed by default.
         """
         args, base_scheduler = self.args, self.sd_pipeline.scheduler
+        seed = args.seed if seed is None else seed
         role, scheduler, num_steps, guidance_scale = {
             "teacher": ("teacher", base_scheduler, args.teacher_num_steps, args.sample_guidance_scale),
             "base": ("teacher", base_scheduler, args.sample_num_steps, 1.0),
@@ -511,7 +513,7 @@ class RdmDistillTrainer(Trainer):
         batches = range(0, len(prompts), args.per_device_eval_batch_size)
         images = []
         for i, start in enumerate(tqdm(batches, desc=description, disable=description is None or args.disable_tqdm)):
-            generator = torch.Generator().manual_seed(args.seed + i)
+            generator = torch.Generator().manual_seed(seed + i)
             chunk = prompts[start : start + args.per_device_eval_batch_size]
             with self.model.use(role), self.accelerator.autocast():
                 images.append(

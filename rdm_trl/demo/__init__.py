@@ -40,9 +40,9 @@ DEMO_PROMPTS = [phrasing.format(name) for name in CLASSES for phrasing in PHRASI
 DEMO_PROMPT_CLASS = {prompt: i // len(PHRASINGS) for i, prompt in enumerate(DEMO_PROMPTS)}
 
 
-def load_demo_pipeline(torch_dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     """Loads the embedded teacher from the package; no network. Images are 32x32 RGB, latents 4x8x8."""
-    return StableDiffusionPipeline.from_pretrained(DEMO_PIPELINE, torch_dtype=torch_dtype, local_files_only=True)
+    return StableDiffusionPipeline.from_pretrained(DEMO_PIPELINE, dtype=dtype, local_files_only=True)
 
 
 class DemoClassifier(nn.Module):

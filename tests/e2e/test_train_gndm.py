@@ -1,0 +1,116 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""The example script, run as a user runs it, on the embedded teacher."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+
+from rdm_trl import RdmDistillConfig
+from rdm_trl.demo import DEMO_PIPELINE, DEMO_PROMPTS, DemoClassifier
+from rdm_trl.evaluation import feature_statistics, frechet_distance
+
+
+ROOT = Path(__file__).parents[2]
+SHORT = "--max_steps 2 --num_eval_images 8 --teacher_num_steps 2 --log_images_steps 0 --use_cpu".split()
+
+
+def load_example():
+    spec = importlib.util.spec_from_file_location("train_gndm", ROOT / "examples" / "train_gndm.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sample(lora: Path | None, num_steps: int, guidance_scale: float, seed: int) -> torch.Tensor:
+    """By diffusers alone."""
+    pipe = DiffusionPipeline.from_pretrained(DEMO_PIPELINE, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipe.load_lora_weights(lora)
+        pipe.scheduler = LCMScheduler.from_pretrained(lora, subfolder="scheduler")
+    return pipe(
+        DEMO_PROMPTS * 4,
+        num_inference_steps=num_steps,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+    ).images
+
+
+def test_a_few_seconds_of_training_bring_the_student_closer_to_its_teacher(tmp_path):
+    """Measured in pixels and in features, on other noise than training's, from the saved checkpoint."""
+    options = [*SHORT, "--max_steps", "25", "--ema_decay", "0.8", "--output_dir", str(tmp_path)]
+    load_example().main(options)
+    teacher = sample(None, 25, 2.0, seed=10)
+    base, student = sample(None, 4, 1.0, seed=11), sample(tmp_path, 4, 1.0, seed=11)
+    classifier = DemoClassifier()
+
+    def distances(images):
+        features = frechet_distance(
+            feature_statistics(classifier(images)[0]), feature_statistics(classifier(teacher)[0])
+        )
+        coarse = [torch.nn.functional.avg_pool2d(x[:, :1], 8).flatten(1) for x in (images, teacher)]
+        return features, frechet_distance(*map(feature_statistics, coarse))
+
+    for before, after in zip(distances(base), distances(student), strict=True):
+        assert after < 0.6 * before
+
+
+def test_command_line_overrides_the_config_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("max_steps: 7\nnum_generations: 2\nsample_guidance_scale: 3.0\n")
+    example = load_example()
+    parser = example.make_parser(example.ScriptArguments, RdmDistillConfig)
+    arguments = ["--config", str(tmp_path / "c.yaml"), "--num_generations", "8", "--output_dir", str(tmp_path)]
+    _, config = parser.parse_args_and_config(arguments)
+    assert (config.max_steps, config.num_generations, config.sample_guidance_scale) == (7, 8, 3.0)
+    assert config.ema_decay == RdmDistillConfig.ema_decay
+    (tmp_path / "c.yaml").write_text("max_stepz: 7\n")
+    with pytest.raises(ValueError, match="max_stepz"):
+        parser.parse_args_and_config(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_help_shows_every_option_under_a_heading(capsys):
+    with pytest.raises(SystemExit):
+        load_example().main(["--help"])
+    text = capsys.readouterr().out
+    sections = dict(re.findall(r"^(Parameters [^\n]*):\n(.*?)(?=^\S|\Z)", text, re.M | re.S))
+    for heading, options in {
+        "Parameters that control the model and the prompts": ["model_name_or_path", "lora_r", "lora_alpha"],
+        "Parameters that control sampling": ["sample_num_steps", "num_generations", "negative_prompts"],
+        "Parameters that control distribution matching": ["dm_weight", "dm_normalization", "dm_timestep_range"],
+        "Parameters that control the fake score": ["fake_updates", "fake_learning_rate"],
+        "Parameters of TrainingArguments": ["learning_rate", "push_to_hub", "resume_from_checkpoint", "bf16"],
+    }.items():
+        for option in options:
+            assert re.search(rf"^  --{option}\b", sections[heading], re.M), (heading, option)
+    everything = "".join(sections.values())
+    for name in RdmDistillConfig.__dataclass_fields__:
+        if RdmDistillConfig.__dataclass_fields__[name].init:
+            assert f"--{name}" in everything, name
+
+
+def test_accelerate_launch(tmp_path):
+    """In a process of its own, as the README says; the embedded teacher needs no network."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    result = subprocess.run(
+        [*command, str(ROOT / "examples" / "train_gndm.py"), *SHORT, "--output_dir", str(tmp_path / "out")],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    for who in ("teacher", "base", "student"):
+        for name in ("fid", "class_accuracy", "diversity"):
+            assert isinstance(metrics[who][name], float)
+    assert metrics["student"]["fid_teacher"] > 0
+    assert "| student |" in result.stdout and result.stdout.rstrip().endswith("grid.png")

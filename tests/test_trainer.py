@@ -1,0 +1,462 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+import json
+
+import pytest
+import torch
+from conftest import make_tiny_pipeline
+from datasets import Dataset
+from diffusers import DiffusionPipeline, LCMScheduler, VQDiffusionScheduler
+from peft import LoraConfig
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+from rdm_trl import RdmDistillConfig, RdmDistillTrainer, policy
+from rdm_trl.diffusion import NoiseProcess
+
+
+PROMPTS = ["a photo of a bag", "a dress", "a coat"]
+
+
+def redness(images, prompts, metadata):
+    return images[:, 0].mean(dim=(1, 2))
+
+
+def make_config(tmp_path, **options) -> RdmDistillConfig:
+    defaults = dict(
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        per_device_train_batch_size=8,
+        num_eval_images=8,
+        num_log_images=2,
+        teacher_num_steps=3,
+        log_images_steps=0,
+        logging_steps=1,
+        learning_rate=1e-3,
+        fake_learning_rate=1e-3,
+        fake_updates=2,
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    return RdmDistillConfig(**{**defaults, **options})
+
+
+def make_trainer(tmp_path, *args, pipeline=None, prompts=PROMPTS, peft_config=None, config=None, **options):
+    return RdmDistillTrainer(
+        config or make_config(tmp_path, **options),
+        *args,
+        sd_pipeline=pipeline or make_tiny_pipeline(),
+        train_dataset=Dataset.from_dict({"prompt": prompts}) if prompts else None,
+        peft_config=peft_config or LoraConfig(r=2),
+    )
+
+
+def logs_of(trainer) -> dict:
+    return {key: value for row in trainer.state.log_history for key, value in row.items()}
+
+
+def test_training_saves_a_checkpoint_that_plain_diffusers_loads(tmp_path):
+    """With rank and alpha apart, so that a lost scale would show."""
+    trainer = make_trainer(
+        tmp_path, [redness], peft_config=LoraConfig(r=2, lora_alpha=6), learning_rate=0.05, log_images_steps=2
+    )
+    trainer.train()
+    results = trainer.evaluate()
+    trainer.save_model()
+    folder = tmp_path / "run"
+    for name in ("pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json", "README.md", "metrics.json"):
+        assert (folder / name).is_file(), name
+    assert (folder / "samples" / "step-000002.png").is_file()
+
+    # The trainer's own rollout of the average weights, for known noise.
+    prompts = ["a photo of a bag", "a coat"]
+    noise = torch.randn(4, 2, 4, 4, 4, generator=torch.Generator().manual_seed(3)).transpose(0, 1)
+    condition = trainer.encode(prompts)
+
+    def predict(x_t, t, rows):
+        chosen = {key: value[rows] for key, value in condition.items()}
+        return trainer.predict_x0(trainer.model, "ema", x_t, t, chosen)
+
+    ours = policy.rollout(predict, trainer.process, trainer.student_timesteps, noise, torch.tensor([3, 3]))
+    ours = trainer.family.decode(ours.latents[:, -1])
+
+    plain = make_tiny_pipeline()
+    plain.load_lora_weights(folder)
+    plain.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    theirs = plain(
+        prompts,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    base = make_tiny_pipeline()
+    base.scheduler = plain.scheduler
+    untrained = base(
+        prompts,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+    ).images
+    assert (untrained - theirs).abs().max() > 1e-2
+
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["student"]["rewards"]["redness"] == pytest.approx(results["eval_redness"])
+    assert metrics["cost"]["updates"] == 2 and metrics["cost"]["rollouts"] == 16
+    assert metrics["cost"]["teacher_evaluations"] == 2 * 16  # guided: two an image
+    assert metrics["settings"]["lora_alpha"] == 6
+    card = (folder / "README.md").read_text()
+    for line in (
+        "pipeline_tag: text-to-image",
+        "pipe.scheduler = LCMScheduler.from_pretrained(",
+        "[999, 749, 499, 249]",
+    ):
+        assert line in card
+
+
+def test_logged_metrics(tmp_path):
+    trainer = make_trainer(tmp_path, [redness])
+    trainer.train()
+    logs = logs_of(trainer)
+    for key in (
+        "loss",
+        "loss/student",
+        "loss/fake",
+        "grad_norm",
+        "learning_rate",
+        "fake_learning_rate",
+        "reward",
+        "reward_std",
+        "rewards/redness/mean",
+        "rewards/redness/std",
+        "rewards/distribution_matching/mean",
+        "rewards/distribution_matching/std",
+        "dm/scale",
+        "dm/direction",
+        "x0/mean",
+        "x0/std",
+        "step_time",
+        "samples_per_second",
+    ):
+        assert isinstance(logs[key], float), key
+
+
+def test_only_the_adapters_learn(tmp_path):
+    trainer = make_trainer(tmp_path)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    assert {name.split(".")[-2] for name in changed} == {"student", "fake", "ema"}
+
+
+def test_the_student_is_trained_along_the_normalised_direction(tmp_path):
+    """The gradient of one update, against a separate computation with plain modules."""
+    trainer = make_trainer(tmp_path, sample_guidance_scale=3.0, dm_normalization="group")
+    torch.manual_seed(5)
+    for name in ("student", "fake"):
+        for parameter in trainer.model.adapter_parameters(name):
+            torch.nn.init.normal_(parameter, std=0.1)
+    trainer.create_optimizer()
+    torch.manual_seed(7)
+    inputs = trainer._prepare_inputs([{"prompt": p} for p in ("a dress", "a coat") for _ in range(4)])
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    found = [p.grad.clone() for p in trainer.model.adapter_parameters("student")]
+
+    # Again with the same draws, by peft's public switches and the definitions of GNDM.
+    unet, process = trainer.model.denoiser, NoiseProcess(trainer.sd_pipeline.scheduler)
+    rollout = inputs["rollout"]
+    embeds = trainer.family.encode_prompts(inputs["prompts"])["prompt_embeds"]
+    empty = trainer.family.encode_prompts([""])["prompt_embeds"].expand_as(embeds)
+    torch.manual_seed(7)
+    policy.draw_exit_steps(2, 4, 4)
+    torch.randn(8, 4, 4, 4, 4)
+    fraction = 0.02 + 0.96 * torch.rand(2, 4).flatten()
+    noise = torch.randn(8, 4, 4, 4)
+    t = (fraction * 1000).long()
+    x_t = trainer.sd_pipeline.scheduler.add_noise(rollout.x0, noise, t)
+
+    def x0_of(output):
+        return process.to_x0(output, x_t, t)
+
+    with torch.no_grad():
+        unet.disable_adapters()
+        conditional, unconditional = (x0_of(unet(x_t, t, e).sample) for e in (embeds, empty))
+        teacher = unconditional + 3.0 * (conditional - unconditional)
+        unet.enable_adapters()
+        unet.set_adapter("fake")
+        fake = x0_of(unet(x_t, t, embeds).sample)
+        scale = (rollout.x0 - teacher).abs().mean((1, 2, 3)).view(2, 4).mean(1).repeat_interleave(4)
+        advantage = (teacher - fake) / (scale + 1e-6).view(-1, 1, 1, 1)
+    unet.set_adapter("student")
+    trainer.model.zero_grad()
+    output = unet(rollout.exit_latents, rollout.exit_timesteps, embeds).sample
+    x0 = process.to_x0(output, rollout.exit_latents, rollout.exit_timesteps)
+    (-(advantage * x0).sum() / x0.numel()).backward()
+    expected = [p.grad for p in trainer.model.adapter_parameters("student")]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    states = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(tmp_path, activation_checkpointing=checkpointing)
+        trainer.train()
+        states.append({**trainer.model.adapter_state("student"), **trainer.model.adapter_state("fake")})
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, atol=1e-7, rtol=1e-5)
+
+
+def test_resume_continues_the_run(tmp_path):
+    """2 + 2 updates with a stop between are 4 updates."""
+    prompts = [f"a {i}" for i in range(8)]  # 4 updates in one epoch
+    trainer = make_trainer(tmp_path / "whole", max_steps=4, prompts=prompts)
+    trainer.train()
+    make_trainer(tmp_path / "parts", max_steps=2, prompts=prompts, save_strategy="steps", save_steps=2).train()
+    resumed = make_trainer(tmp_path / "parts", max_steps=4, prompts=prompts)
+    resumed.train(resume_from_checkpoint=True)
+    for name in ("student", "fake", "ema"):
+        for key, value in trainer.model.adapter_state(name).items():
+            assert torch.equal(resumed.model.adapter_state(name)[key], value), (name, key)
+    assert resumed.cost["rollouts"] == trainer.cost["rollouts"]
+
+
+def test_v_prediction_and_single_step(tmp_path):
+    make_trainer(tmp_path, pipeline=make_tiny_pipeline("v_prediction")).train()
+    make_trainer(tmp_path, [redness], sample_num_steps=1, num_generations=2).train()
+
+
+def test_a_pipeline_from_a_folder(tmp_path):
+    make_tiny_pipeline("v_prediction").save_pretrained(tmp_path / "base")
+    trainer = make_trainer(tmp_path, pipeline=str(tmp_path / "base"))
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"DiffusionPipeline.from_pretrained({str(tmp_path / 'base')!r}" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(code.replace('"image.png"', repr(str(tmp_path / "image.png"))), {})
+    assert (tmp_path / "image.png").is_file()
+    assert trainer.process.prediction_type == "v_prediction"
+
+
+def test_features_of_any_image_model(tmp_path):
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8, patch_size=4
+    )
+    ViTModel(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    results = make_trainer(tmp_path, eval_feature_model=str(tmp_path / "vit")).evaluate()
+    assert results["eval_fid_teacher"] >= 0 and results["eval_diversity"] > 0
+    assert "eval_fid" not in results
+
+
+# ------------------------------------------------------------------------------------------------- DDPO's interface
+
+
+def test_ddpo_loss(tmp_path):
+    trainer = make_trainer(tmp_path)
+    advantage = torch.tensor([-1.0])
+    assert trainer.loss(advantage, 1e-4, torch.ones(1)).item() == 1.0
+    assert trainer.loss(advantage, 0.2, torch.full((1,), 2.0)).item() == 2.0
+    assert trainer.loss(-advantage, 0.2, torch.full((1,), 2.0)).item() == pytest.approx(-1.2)
+
+
+def test_ddpo_generate_samples_and_calculate_loss(tmp_path):
+    trainer = make_trainer(tmp_path)
+    samples, pairs = trainer._generate_samples(iterations=2, batch_size=3)
+    assert len(samples) == len(pairs) == 2
+    sample = samples[0]
+    assert sample["prompt_ids"].shape == (3, 16)
+    assert sample["prompt_embeds"].shape == sample["negative_prompt_embeds"].shape == (3, 16, 16)
+    assert sample["timesteps"].tolist() == [[999, 749, 499]] * 3
+    assert sample["latents"].shape == sample["next_latents"].shape == (3, 3, 4, 4, 4)
+    assert torch.equal(sample["latents"][:, 1:], sample["next_latents"][:, :-1])
+    assert sample["log_probs"].shape == (3, 3)
+    images, prompts, metadata = pairs[0]
+    assert images.shape == (3, 3, 8, 8) and images.min() >= 0 and images.max() <= 1
+    assert len(prompts) == len(metadata) == 3 and set(prompts) <= set(PROMPTS)
+
+    advantages = torch.tensor([1.0, -2.0, 0.5])
+    for k in range(3):
+        loss, approx_kl, clipfrac = trainer.calculate_loss(
+            sample["latents"][:, k],
+            sample["timesteps"][:, k],
+            sample["next_latents"][:, k],
+            sample["log_probs"][:, k],
+            advantages,
+            sample["prompt_embeds"],
+        )
+        assert loss.item() == -advantages.mean().item()  # the ratio is exactly 1
+        assert approx_kl.item() == 0.0 and clipfrac.item() == 0.0
+    loss.backward()
+    assert any(p.grad.abs().sum() > 0 for p in trainer.model.adapter_parameters("student"))
+    _, approx_kl, clipfrac = trainer.calculate_loss(
+        sample["latents"][:, 0],
+        sample["timesteps"][:, 0],
+        sample["next_latents"][:, 0],
+        sample["log_probs"][:, 0] - 0.2,
+        advantages,
+        sample["prompt_embeds"],
+    )
+    assert approx_kl.item() == pytest.approx(0.02, rel=1e-3) and clipfrac.item() == 1.0
+    with pytest.raises(ValueError, match="last denoising step is deterministic"):
+        trainer.calculate_loss(sample["latents"][:, 0], torch.full((3,), 249), None, None, None, None)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_ddpo_compute_rewards(tmp_path, is_async):
+    def scored(images, prompts, metadata):
+        return [len(prompt) for prompt in prompts], {"seen": metadata}
+
+    def keywords(images, prompts, colour, **kwargs):
+        return [None if c is None else float(c == "red") for c in colour]
+
+    trainer = make_trainer(tmp_path, [scored, keywords])
+    metadata = [{"colour": "red"}, {"colour": None}]
+    answers = trainer.compute_rewards([[torch.zeros(2, 3, 8, 8), ["a", "abc"], metadata]] * 2, is_async=is_async)
+    assert len(answers) == 2
+    for rewards, info in answers:
+        torch.testing.assert_close(rewards, torch.tensor([[1.0, 1.0], [3.0, torch.nan]]), equal_nan=True)
+        assert info["scored"] == {"seen": metadata}
+
+
+def test_ddpo_hook_and_prompt_function(tmp_path):
+    calls = []
+
+    def prompt_function():
+        return "a bag", {"id": torch.randint(100, ()).item()}
+
+    def hook(prompt_image_data, global_step, tracker):
+        calls.append((prompt_image_data, global_step))
+        images = prompt_image_data[-1][0]
+        tracker.log_images({"a/b": images}, step=global_step)
+        tracker.log_images({"one": trainer.family.to_pil(images)[0]}, step=global_step)
+
+    trainer = RdmDistillTrainer(
+        make_config(tmp_path), redness, prompt_function, make_tiny_pipeline(), hook, peft_config=LoraConfig(r=2)
+    )
+    trainer.train()
+    assert [step for _, step in calls] == [0, 1]
+    images, prompts, metadata, rewards, reward_metadata = calls[0][0][0]
+    assert images.shape == (8, 3, 8, 8) and prompts == ["a bag"] * 8
+    assert all(isinstance(row["id"], int) for row in metadata)
+    torch.testing.assert_close(rewards, redness(images, prompts, metadata))
+    assert reward_metadata == {"redness": {}}
+    assert (tmp_path / "run" / "samples" / "a_b-0.png").is_file()
+
+
+def test_a_reward_is_maximised(tmp_path):
+    """A black-box reward alone (no distribution matching): its mean on new noise rises."""
+    trainer = make_trainer(
+        tmp_path,
+        [redness],
+        dm_weight=0.0,
+        max_steps=30,
+        per_device_train_batch_size=32,
+        num_generations=16,
+        learning_rate=5e-3,
+        fake_updates=1,
+        num_eval_images=64,
+        ema_decay=0.5,
+        epsilon=0.2,
+    )
+    before = trainer.evaluate()["eval_redness"]
+    trainer.train()
+    assert trainer.evaluate()["eval_redness"] > before + 0.01
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(num_generations=1), "`dm_normalization='group'` needs `num_generations` of at least 2"),
+        (dict(num_generations=3), r"`per_device_train_batch_size` \(8\) must be divisible by `num_generations` \(3\)"),
+        (dict(dm_normalization="mean"), "`dm_normalization` is 'mean', but must be one of group, sample, batch, none"),
+        (dict(dm_timestep_sampling="x"), "`dm_timestep_sampling` is 'x', but must be one of"),
+        (dict(dm_timestep_range=[0.9, 0.1]), "must be two rising fractions"),
+        (dict(dm_timestep_range=[0.1]), "must be two rising fractions"),
+        (dict(sample_num_steps=0), "`sample_num_steps` is 0, but must be at least 1"),
+        (dict(fake_updates=0), "`fake_updates` is 0, but must be at least 1"),
+        (dict(sample_guidance_scale=0.5), "`sample_guidance_scale` is 0.5, but must be at least 1"),
+        (dict(ema_decay=1.0), r"`ema_decay` is 1.0, but must be in \[0, 1\)"),
+        (dict(epsilon=0.0), "`epsilon` is 0.0, but must be positive"),
+        (dict(fp16=True), "Use `bf16`"),
+        (dict(remove_unused_columns=True), "`remove_unused_columns` must stay off"),
+        (dict(output_dir=__file__), "`output_dir` is a file"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, **options)
+
+
+def test_unknown_option(tmp_path):
+    with pytest.raises(TypeError, match="dm_normalisation"):
+        make_config(tmp_path, dm_normalisation="group")
+
+
+def test_bad_prompts(tmp_path):
+    with pytest.raises(ValueError, match="There are no prompts: give `train_dataset` with a `prompt` column"):
+        make_trainer(tmp_path, prompts=None)
+    for rows, message in (
+        ({"text": ["a"]}, "`train_dataset` needs a `prompt` column; it has text"),
+        ({"prompt": []}, "`train_dataset` is empty"),
+        ({"prompt": ["a", None]}, "`prompt` of row 1 of `train_dataset` is None, but must be text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RdmDistillTrainer(
+                make_config(tmp_path), sd_pipeline=make_tiny_pipeline(), train_dataset=Dataset.from_dict(rows)
+            )
+    with pytest.raises(ValueError, match="not both"):
+        make_trainer(tmp_path, None, lambda: ("a", {}))
+
+
+def test_unsupported_pipeline_and_scheduler(tmp_path):
+    class OtherPipeline(DiffusionPipeline):
+        def __init__(self):
+            super().__init__()
+
+    with pytest.raises(ValueError, match="OtherPipeline is not supported yet. Supported pipelines: StableDiffusion"):
+        make_trainer(tmp_path, pipeline=OtherPipeline())
+    pipeline = make_tiny_pipeline()
+    pipeline.scheduler = VQDiffusionScheduler(num_vec_classes=4)
+    with pytest.raises(ValueError, match="VQDiffusionScheduler is not a scheduler the student can use"):
+        make_trainer(tmp_path, pipeline=pipeline)
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (lambda images: [float("nan")] * len(images), "'bad' returned nan for the prompt 'a"),
+        (lambda images: torch.full((len(images),), torch.inf), "'bad' returned inf for the prompt 'a"),
+        (lambda images: [0.0], "'bad' returned 1 rewards for 8 images"),
+    ],
+)
+def test_bad_rewards_stop_before_anything_changes(tmp_path, answer, message):
+    def bad(images, prompts, metadata):
+        return answer(images)
+
+    trainer = make_trainer(tmp_path, [bad])
+    before = trainer.model.adapter_state("student")
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    for key, value in trainer.model.adapter_state("student").items():
+        assert torch.equal(value, before[key])
+
+
+def test_reward_weights_must_match(tmp_path):
+    with pytest.raises(ValueError, match="`reward_weights` has 2 values for 1 reward functions"):
+        make_trainer(tmp_path, [redness], reward_weights=[1.0, 2.0])
+
+
+def test_a_broken_denoiser_is_named_before_an_update(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.model.denoiser.conv_out.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite for the prompt 'a .*' at step 0; no weight was changed"):
+        trainer.train()
