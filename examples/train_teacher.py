@@ -20,7 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
@@ -58,7 +64,7 @@ def parse_args():
     )
     parser.add_argument("--classifier_epochs", type=int, default=6)
     parser.add_argument("--autoencoder_epochs", type=int, default=2)
-    parser.add_argument("--denoiser_epochs", type=int, default=10)
+    parser.add_argument("--denoiser_epochs", type=int, default=6)
     parser.add_argument("--num_threads", type=int, default=1, help="on two cores, one thread is nearly as fast as two")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -202,14 +208,14 @@ def train_denoiser(images, labels, epochs, folder):
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    scheduler = DDIMScheduler(
+    # Stable Diffusion 1's own scheduler and settings.
+    scheduler = PNDMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
-        clip_sample=False,
+        skip_prk_steps=True,
         set_alpha_to_one=False,
         steps_offset=1,
-        timestep_spacing="trailing",
         prediction_type="epsilon",
     )
     captions = tokenizer([*DEMO_PROMPTS, ""], padding="max_length", return_tensors="pt").input_ids
@@ -269,14 +275,24 @@ def report(images, labels, folder, seed):
     )
     prompts = [DEMO_PROMPTS[i % len(DEMO_PROMPTS)] for i in range(2000)]
     target = torch.tensor([demo.DEMO_PROMPT_CLASS[prompt] for prompt in prompts])
-    for guidance_scale in (1.0, 1.5, 2.0, 3.0):
+    trained_with = pipeline.scheduler
+    few_steps = DPMSolverMultistepScheduler.from_config(trained_with.config, timestep_spacing="trailing")
+    for name, scheduler, num_steps, guidance_scale in (
+        ("guidance_1.0", trained_with, 25, 1.0),
+        ("guidance_1.25", trained_with, 25, 1.25),
+        ("guidance_1.5", trained_with, 25, 1.5),
+        ("guidance_2.0", trained_with, 25, 2.0),
+        ("4_steps", trained_with, 4, 1.0),
+        ("4_steps_dpm_solver", few_steps, 4, 1.0),
+    ):
+        pipeline.scheduler = scheduler
         generator = torch.Generator().manual_seed(seed)
         samples = []
-        for i in tqdm(range(0, len(prompts), 200), desc=f"sampling, guidance {guidance_scale}"):
+        for i in tqdm(range(0, len(prompts), 200), desc=name):
             samples.append(
                 pipeline(
                     prompts[i : i + 200],
-                    num_inference_steps=25,
+                    num_inference_steps=num_steps,
                     guidance_scale=guidance_scale,
                     generator=generator,
                     output_type="pt",
@@ -284,15 +300,17 @@ def report(images, labels, folder, seed):
             )
         samples = torch.cat(samples)
         features, logits = classifier(samples)
-        figures[f"guidance_{guidance_scale}"] = {
+        figures[name] = {
             "fid": frechet_distance(feature_statistics(features), reference),
             "class_accuracy": class_accuracy(logits, target),
         }
+        if name != "guidance_1.5":
+            continue
         picks = [samples[c * len(PHRASINGS) + row * len(DEMO_PROMPTS)] for row in range(8) for c in range(10)]
         grid = make_image_grid(
             pipeline.image_processor.numpy_to_pil(torch.stack(picks).permute(0, 2, 3, 1).numpy()), 8, 10
         )
-        grid.resize((grid.width * 2, grid.height * 2)).save(folder / f"samples_guidance_{guidance_scale}.png")
+        grid.resize((grid.width * 2, grid.height * 2)).save(folder / f"samples_{name}.png")
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 

@@ -44,6 +44,11 @@ class RdmDistillConfig(TrainingArguments):
         dm_timestep_range (`list[float]`, *optional*, defaults to `[0.02, 0.98]`):
             Smallest and largest noise level of R_dm, as fractions of the training range (DMD's).
 
+        dm_subintervals (`bool`, *optional*, defaults to `True`):
+            Match the images of an exit step only at noise levels above the next step's, which is all that the rest of
+            the trajectory sees of them (and train the fake score on them only there). `False` matches every step's
+            images at all noise levels, as DMD2 does.
+
         > Parameters that control the fake score
 
         fake_updates (`int`, *optional*, defaults to `5`):
@@ -129,6 +134,10 @@ class RdmDistillConfig(TrainingArguments):
     dm_timestep_range: list[float] = field(
         default_factory=lambda: [0.02, 0.98],
         metadata={"help": "Smallest and largest noise level of R_dm, as fractions of the training range."},
+    )
+
+    dm_subintervals: bool = field(
+        default=True, metadata={"help": "Match a step's images only at noise levels above the next step's."}
     )
 
     # Parameters that control the fake score

@@ -7,6 +7,8 @@ Everything is written for \\(x_t = a_t x_0 + b_t \epsilon\\). A variance-preserv
 \\(b = \sigma\\). Times are the scheduler's own `timesteps`, the numbers its denoiser is called with.
 """
 
+import inspect
+
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
@@ -125,8 +127,10 @@ def make_student_scheduler(scheduler: SchedulerMixin, num_steps: int) -> Schedul
     if isinstance(scheduler, FLOW_SCHEDULERS):
         student = FlowMatchLCMScheduler.from_config(scheduler.config)
     else:
+        # Only what both know, or the saved file would warn of every other option.
+        known = inspect.signature(LCMScheduler).parameters
         student = LCMScheduler.from_config(
-            scheduler.config,
+            {name: value for name, value in scheduler.config.items() if name in known},
             original_inference_steps=scheduler.config.num_train_timesteps,
             clip_sample=False,
             thresholding=False,

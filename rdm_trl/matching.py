@@ -33,24 +33,23 @@ class Probe:
     reward: torch.Tensor
 
 
-def draw_fractions(num_groups: int, num_generations: int, sampling: str, time_range, generator=None, device=None):
+def draw_fractions(num_groups: int, num_generations: int, sampling: str, low, high):
     """
     Noise levels (num_groups * num_generations,), as fractions of the training range.
 
     Args:
         sampling (`str`): `"uniform"`, an independent draw an image; `"stratified"`, one draw from each of
             `num_generations` equal strata a group, in random order; `"shared"`, one draw a group.
-        time_range (`tuple[float, float]`): the smallest and largest fraction.
+        low, high (`float` or (num_groups * num_generations,)): the smallest and largest fraction.
     """
     if sampling == "shared":
-        draw = torch.rand(num_groups, 1, generator=generator, device=device).expand(-1, num_generations)
+        draw = torch.rand(num_groups, 1).expand(-1, num_generations)
     else:
-        draw = torch.rand(num_groups, num_generations, generator=generator, device=device)
+        draw = torch.rand(num_groups, num_generations)
         if sampling == "stratified":
-            ranks = torch.rand(num_groups, num_generations, generator=generator, device=device).argsort(1)
+            ranks = torch.rand(num_groups, num_generations).argsort(1)
             draw = (ranks + draw) / num_generations
-    low, high = time_range
-    return (low + (high - low) * draw).flatten()
+    return low + (high - low) * draw.flatten()
 
 
 @torch.no_grad()

@@ -44,10 +44,10 @@ class Rollout:
         return self.timesteps[self.exit_steps]
 
 
-def draw_exit_steps(num_groups: int, num_generations: int, num_steps: int, generator=None, device=None):
+def draw_exit_steps(num_groups: int, num_generations: int, num_steps: int) -> torch.Tensor:
     """Exit steps (num_groups * num_generations,): one a group, spread evenly over the grid, in random order."""
-    offset = torch.randint(num_steps, (1,), generator=generator, device=device)
-    order = torch.randperm(num_groups, generator=generator, device=device)
+    offset = torch.randint(num_steps, (1,))
+    order = torch.randperm(num_groups)
     return ((order + offset) % num_steps).repeat_interleave(num_generations)
 
 

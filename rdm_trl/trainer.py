@@ -247,8 +247,10 @@ class RdmDistillTrainer(Trainer):
             logs_now = self.state.logging_steps and self.state.global_step % self.state.logging_steps == 0
             looks_at_pixels = bool(self.reward_funcs) or (self.image_samples_callback is not None and logs_now)
             rollout = self._rollout(condition, exit_steps.to(device), complete=looks_at_pixels)
+            low, high = args.dm_timestep_range
+            seen = self._seen_noise(exit_steps)
             fractions = matching.draw_fractions(
-                num_groups, args.num_generations, args.dm_timestep_sampling, args.dm_timestep_range
+                num_groups, args.num_generations, args.dm_timestep_sampling, seen.clamp(min=low), high
             )
             probe = matching.probe(
                 lambda x_t, t: self.predict_teacher(x_t, t, condition),
@@ -270,7 +272,7 @@ class RdmDistillTrainer(Trainer):
                 scalar_advantage = group_advantages(
                     rewards, self.reward_weights.to(device), args.num_generations, args.scale_rewards
                 )
-        self._fake_batches.append((rollout.x0, condition))
+        self._fake_batches.append((rollout.x0, condition, seen))
         self._record("rewards/distribution_matching/mean", probe.reward.mean())
         self._record("rewards/distribution_matching/std", probe.reward.std())
         self._record("dm/scale", probe.scale.mean())
@@ -284,6 +286,16 @@ class RdmDistillTrainer(Trainer):
             "advantage": advantage,
             "scalar_advantage": scalar_advantage,
         }
+
+    def _seen_noise(self, exit_steps: torch.Tensor) -> torch.Tensor:
+        """
+        The smallest noise level (B,) that matters for images of these exit steps, as a fraction: an image is noised
+        again to the next step's time, and what that drowns is nothing the student has to get right yet.
+        """
+        if not self.args.dm_subintervals:
+            return torch.zeros(len(exit_steps))
+        following = torch.cat([self.student_timesteps[1:].cpu(), torch.zeros(1)])
+        return following[exit_steps] / self.process.num_train_timesteps
 
     def _rollout(self, condition: dict[str, torch.Tensor], exit_steps: torch.Tensor, complete: bool):
         shape = (len(exit_steps), self.args.sample_num_steps, *self.family.latent_shape)
@@ -345,9 +357,9 @@ class RdmDistillTrainer(Trainer):
             self._create_fake_optimizer()
         parameters = self.model.adapter_parameters("fake")
         for _ in range(self.args.fake_updates):
-            for x0, condition in self._fake_batches:
+            for x0, condition, seen in self._fake_batches:
                 with self.accelerator.autocast():
-                    timesteps = self.process.timesteps_at(torch.rand(len(x0))).to(x0.device)
+                    timesteps = self.process.timesteps_at(seen + (1 - seen) * torch.rand(len(x0))).to(x0.device)
                     noise = torch.randn_like(x0)
                     x_t = self.process.add_noise(x0, noise, timesteps)
                     output = self.family.denoise(

@@ -166,7 +166,7 @@ def test_a_two_parameter_student_converges_to_a_gaussian_teacher(normalization):
     for _ in range(400):
         x0 = mean + spread * torch.randn(64, 16)
         fake = mixture([mean.item()], [abs(spread.item())], [1.0])
-        t = PROCESS.timesteps_at(draw_fractions(16, 4, "uniform", (0.02, 0.98)))
+        t = PROCESS.timesteps_at(draw_fractions(16, 4, "uniform", 0.02, 0.98))
         found = probe(
             exact_denoiser(TEACHERS["gaussian"]), exact_denoiser(fake), PROCESS, x0.detach(), torch.randn(64, 16), t
         )
@@ -181,9 +181,9 @@ def test_a_two_parameter_student_converges_to_a_gaussian_teacher(normalization):
 
 def test_time_sampling():
     torch.manual_seed(0)
-    uniform = draw_fractions(500, 4, "uniform", (0.1, 0.9)).view(500, 4)
-    stratified = draw_fractions(500, 4, "stratified", (0.1, 0.9)).view(500, 4)
-    shared = draw_fractions(500, 4, "shared", (0.1, 0.9)).view(500, 4)
+    uniform = draw_fractions(500, 4, "uniform", 0.1, 0.9).view(500, 4)
+    stratified = draw_fractions(500, 4, "stratified", 0.1, 0.9).view(500, 4)
+    shared = draw_fractions(500, 4, "shared", 0.1, 0.9).view(500, 4)
     for draw in (uniform, stratified, shared):
         assert draw.min() >= 0.1 and draw.max() <= 0.9 and abs(draw.mean() - 0.5) < 0.02
     assert (shared == shared[:, :1]).all()

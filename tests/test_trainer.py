@@ -173,7 +173,9 @@ def test_the_student_is_trained_along_the_normalised_direction(tmp_path):
     torch.manual_seed(7)
     policy.draw_exit_steps(2, 4, 4)
     torch.randn(8, 4, 4, 4, 4)
-    fraction = 0.02 + 0.96 * torch.rand(2, 4).flatten()
+    # Only noise levels that the next step, at t = 749, 499 or 249, can see; the whole range behind the last step.
+    low = torch.tensor([0.749, 0.499, 0.249, 0.02])[rollout.exit_steps]
+    fraction = low + (0.98 - low) * torch.rand(2, 4).flatten()
     noise = torch.randn(8, 4, 4, 4)
     t = (fraction * 1000).long()
     x_t = trainer.sd_pipeline.scheduler.add_noise(rollout.x0, noise, t)
@@ -198,6 +200,29 @@ def test_the_student_is_trained_along_the_normalised_direction(tmp_path):
     expected = [p.grad for p in trainer.model.adapter_parameters("student")]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+
+
+def test_an_exit_steps_images_are_matched_only_where_the_next_step_sees_them(tmp_path):
+    exit_steps = torch.tensor([3, 0, 1, 2])
+    seen = make_trainer(tmp_path)._seen_noise(exit_steps)
+    torch.testing.assert_close(seen, torch.tensor([0.0, 0.749, 0.499, 0.249]))
+    assert make_trainer(tmp_path, dm_subintervals=False)._seen_noise(exit_steps).tolist() == [0.0] * 4
+
+    # The fake score is trained there too: no call below an image's level.
+    trainer = make_trainer(tmp_path)
+    levels = []
+    denoise = trainer.family.denoise
+
+    def spy(denoiser, x_t, timesteps, condition):
+        levels.append(timesteps)
+        return denoise(denoiser, x_t, timesteps, condition)
+
+    trainer._fake_batches.append((torch.zeros(4, 4, 4, 4), trainer.encode(["a"] * 4), seen))
+    trainer.family.denoise = spy
+    trainer.args.fake_updates = 20
+    trainer.update_fake()
+    lowest = torch.stack(levels).amin(0)
+    assert (lowest >= (seen * 1000).long()).all() and lowest[0] < 249
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
