@@ -18,13 +18,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 import yaml
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer, evaluation
-from rdm_trl.demo import DEMO_PROMPT_CLASS, DEMO_PROMPTS, DemoClassifier, load_demo_reference
+from rdm_trl.demo import DEMO_PROMPTS, load_demo_judge
 
 
 METHODS = {
@@ -50,48 +49,29 @@ def parse_args():
     return parser.parse_args()
 
 
-class Judge:
-    """Measures a trainer's student, base or teacher; the teacher's images are drawn once."""
-
-    def __init__(self, num_images: int):
-        self.prompts = [DEMO_PROMPTS[i % len(DEMO_PROMPTS)] for i in range(num_images)]
-        self.target = torch.tensor([DEMO_PROMPT_CLASS[prompt] for prompt in self.prompts])
-        self.classifier, self.reference = DemoClassifier(), load_demo_reference()
-        self.teacher = None
-
-    def __call__(self, trainer: RdmDistillTrainer, who: str) -> dict[str, float]:
-        if self.teacher is None and who != "teacher":
-            self.teacher_figures = self(trainer, "teacher")
-        images = trainer.sample(who, self.prompts, seed=EVAL_SEED)
-        figures, statistics = evaluation.compare(
-            images, self.prompts, self.classifier, self.reference, self.teacher, self.target
-        )
-        if who == "teacher":
-            self.teacher = statistics
-        return figures
-
-
 class CurveCallback(TrainerCallback):
     """Measures the student every so many updates and after the last."""
 
-    def __init__(self, judge: Judge, every: int):
-        self.judge, self.every, self.trainer, self.curve = judge, every, None, []
+    def __init__(self, measure, every: int):
+        self.measure, self.every, self.trainer, self.curve = measure, every, None, []
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self.curve.append({"step": state.global_step, **self.judge(self.trainer, "student")})
+            self.curve.append({"step": state.global_step, **self.measure(self.trainer, "student")})
 
 
-def run(judge: Judge, options: dict, args) -> dict:
-    """One training run: its curve, and the figures of base and teacher."""
+def run(measure, constant: dict, options: dict, args) -> dict:
+    """One training run: its curve, and the figures of teacher and base, measured once for all runs."""
     folder = args.output_dir / "run"
-    curve = CurveCallback(judge, args.eval_steps)
+    curve = CurveCallback(measure, args.eval_steps)
     fixed = {"output_dir": str(folder), "log_images_steps": 0, "save_strategy": "no", "logging_strategy": "no"}
     curve.trainer = trainer = RdmDistillTrainer(RdmDistillConfig(**{**options, **fixed}), callbacks=[curve])
-    base = judge(trainer, "base")
+    for who in ("teacher", "base"):
+        if who not in constant:
+            constant[who] = measure(trainer, who)
     trainer.train()
     shutil.rmtree(folder, ignore_errors=True)
-    return {"curve": curve.curve, "base": base, "teacher": judge.teacher_figures, "cost": trainer.cost}
+    return {"curve": curve.curve, **constant, "cost": trainer.cost}
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
@@ -152,10 +132,15 @@ def main():
     results = json.loads(path.read_text()) if path.exists() else {"options": options, "num_images": args.num_images}
     if results["options"] != options or results["num_images"] != args.num_images:
         raise SystemExit(f"{path} holds runs with other settings: give another --output_dir.")
-    judge = Judge(args.num_images)
+    judge, constant = load_demo_judge(), {}
+    prompts = [DEMO_PROMPTS[i % len(DEMO_PROMPTS)] for i in range(args.num_images)]
+
+    def measure(trainer, who):
+        return judge(who, trainer.sample(who, prompts, seed=EVAL_SEED), prompts)
+
     todo = [(m, seed) for seed in args.seeds for m in args.methods if f"{m}-{seed}" not in results]
     for method, seed in tqdm(todo, desc="runs"):
-        results[f"{method}-{seed}"] = run(judge, {**options, **METHODS[method], "seed": seed}, args)
+        results[f"{method}-{seed}"] = run(measure, constant, {**options, **METHODS[method], "seed": seed}, args)
         path.write_text(json.dumps(results, indent=1) + "\n")
     text = table(results, args.methods, args.seeds)
     note = f"{options['max_steps']} updates, seeds {args.seeds}, {args.num_images} images, {evaluation.machine()}."

@@ -198,8 +198,8 @@ def train_denoiser(images, labels, epochs, folder):
     )
     unet = UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
         block_out_channels=(64, 96),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -256,7 +256,7 @@ def report(images, labels, folder, seed):
     from rdm_trl import demo
     from rdm_trl.evaluation import class_accuracy, feature_statistics, frechet_distance
 
-    classifier = demo.DemoClassifier()
+    classifier = demo.DemoClassifier(folder / "classifier")
     outputs = [classifier(x) for x in ((images + 1) / 2).split(500)]
     features, logits = (torch.cat(tensors) for tensors in zip(*outputs, strict=True))
     reference = feature_statistics(features)
@@ -266,7 +266,7 @@ def report(images, labels, folder, seed):
         "megabytes": sum(f.stat().st_size for f in folder.rglob("*") if f.suffix != ".py") / 2**20,
     }
 
-    pipeline = demo.load_demo_pipeline()
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         decoded = torch.cat([pipeline.vae(x).sample for x in images[:2000].split(500)]) / 2 + 0.5

@@ -69,36 +69,48 @@ def diversity(features: torch.Tensor, prompts: list[str]) -> float:
     return torch.stack(distances).mean().item() if distances else float("nan")
 
 
-def compare(
-    images: torch.Tensor,
-    prompts: list[str],
-    features_of: nn.Module,
-    reference: dict[str, torch.Tensor] | None = None,
-    teacher: dict[str, torch.Tensor] | None = None,
-    target: torch.Tensor | None = None,
-) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+class Judge:
     """
-    Figures of one model's images, and their feature statistics.
+    Measures images of teacher, base and student with the same features.
 
     Args:
-        images (B, 3, H, W): in [0, 1], drawn for `prompts` (B).
-        features_of: `images -> (features, logits)`.
+        features_of (*optional*): `images (B, 3, H, W) in [0, 1] -> (features, logits)`; or nothing is measured.
         reference (`dict`, *optional*): feature statistics of real images, for `fid`.
-        teacher (`dict`, *optional*): feature statistics of the teacher's images, for `fid_teacher`.
-        target (B,): classes asked for, for `class_accuracy`.
+        classes (`dict[str, int]`, *optional*): the class that each prompt asks for, for `class_accuracy`.
     """
-    outputs = [features_of.to(images.device)(chunk) for chunk in images.split(100)]
-    features = torch.cat([features for features, _ in outputs]).cpu()
-    statistics = feature_statistics(features)
-    figures = {}
-    if reference is not None:
-        figures["fid"] = frechet_distance(statistics, reference)
-    if teacher is not None:
-        figures["fid_teacher"] = frechet_distance(statistics, teacher)
-    if target is not None:
-        figures["class_accuracy"] = class_accuracy(torch.cat([logits for _, logits in outputs]).cpu(), target)
-    figures["diversity"] = diversity(features, prompts)
-    return figures, statistics
+
+    def __init__(
+        self,
+        features_of: nn.Module | None = None,
+        reference: dict[str, torch.Tensor] | None = None,
+        classes: dict[str, int] | None = None,
+    ):
+        self.features_of, self.reference, self.classes = features_of, reference, classes
+        self.teacher = None
+
+    @torch.no_grad()
+    def __call__(self, who: str, images: torch.Tensor, prompts: list[str]) -> dict[str, float]:
+        """
+        Figures of the images (B, 3, H, W) that `who` drew for `prompts` (B). The images of `"teacher"` are remembered:
+        those of all others, judged later, have a `fid_teacher`.
+        """
+        if self.features_of is None:
+            return {}
+        outputs = [self.features_of.to(images.device)(chunk) for chunk in images.split(100)]
+        features = torch.cat([features for features, _ in outputs]).cpu()
+        statistics = feature_statistics(features)
+        figures = {}
+        if self.reference is not None:
+            figures["fid"] = frechet_distance(statistics, self.reference)
+        if who == "teacher":
+            self.teacher = statistics
+        elif self.teacher is not None:
+            figures["fid_teacher"] = frechet_distance(statistics, self.teacher)
+        if self.classes is not None and all(prompt in self.classes for prompt in prompts):
+            target = torch.tensor([self.classes[prompt] for prompt in prompts])
+            figures["class_accuracy"] = class_accuracy(torch.cat([logits for _, logits in outputs]).cpu(), target)
+        figures["diversity"] = diversity(features, prompts)
+        return figures
 
 
 def peak_memory_mb() -> float:

@@ -1,7 +1,14 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """What a distilled checkpoint is, beside its LoRA: a model card that says how to use it and how it was made."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig
+
+from .config import RdmDistillConfig
 
 
 CARD = """---
@@ -60,6 +67,33 @@ METHODS = {
     "batch": "distribution matching normalised by batch statistics",
     "none": "distribution matching without normalisation",
 }
+
+
+# Options of `TrainingArguments` that a run's result depends on, beside those that our config defines itself.
+TRAINING_SETTINGS = (
+    "gradient_accumulation_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "bf16",
+    "seed",
+)
+
+
+def run_settings(config: RdmDistillConfig, base_model: str, lora_config: LoraConfig) -> dict[str, Any]:
+    """All that is needed to repeat a run: our options, those of `Trainer` that matter, and the LoRA's."""
+    ours = [name for name in RdmDistillConfig.__annotations__ if name not in ("report_to", "remove_unused_columns")]
+    settings = {name: getattr(config, name) for name in (*ours, *TRAINING_SETTINGS)}
+    settings = {name: str(v.value) if hasattr(v, "value") else v for name, v in settings.items()}
+    lora = {"lora_r": lora_config.r, "lora_alpha": lora_config.lora_alpha}
+    return {"base_model": base_model, "num_processes": config.world_size, **settings, **lora}
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]):
+    """`metrics.json` of a checkpoint: figures, settings and cost."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def figures_table(metrics: dict) -> str:

@@ -1,7 +1,8 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""Where prompts come from: DDPO's prompt function or the rows of a data set."""
+"""Where prompts come from, DDPO's prompt function or the rows of a data set, and their embeddings."""
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,37 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
+
+
+# Encoded prompts kept in memory, the oldest dropped first: with SD 1.5's 77 x 768 floats, half a gigabyte.
+PROMPT_CACHE_SIZE = 2048
+
+
+class PromptCache:
+    """
+    `cache(prompts)` gives the denoiser's conditions for `prompts`, each prompt encoded once and remembered.
+
+    Args:
+        encode (`Callable`): `prompts -> conditions`, a dictionary of tensors (B, ...).
+        batch_size (`int`): prompts encoded at once.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], dict[str, torch.Tensor]], batch_size: int):
+        self.encode, self.batch_size = encode, batch_size
+        self.conditions = OrderedDict()
+
+    def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.conditions]
+        encoded = {prompt: self.conditions[prompt] for prompt in prompts if prompt not in missing}
+        for start in range(0, len(missing), self.batch_size):
+            chunk = missing[start : start + self.batch_size]
+            condition = self.encode(chunk)
+            for i, prompt in enumerate(chunk):
+                encoded[prompt] = {key: value[i] for key, value in condition.items()}
+        self.conditions.update(encoded)
+        while len(self.conditions) > PROMPT_CACHE_SIZE:
+            self.conditions.popitem(last=False)
+        return {key: torch.stack([encoded[prompt][key] for prompt in prompts]) for key in encoded[prompts[0]]}
 
 
 def draw_prompts(prompt_function: Callable, number: int, seed: int) -> Dataset:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,24 +25,14 @@ from ._trl import RepeatSampler, get_callable_name, nanstd
 from .advantages import group_advantages
 from .callbacks import EmaCallback, ImageTracker, SampleGridCallback
 from .config import RdmDistillConfig
-from .demo import (
-    DEMO_PIPELINE,
-    DEMO_PROMPT_CLASS,
-    DEMO_PROMPTS,
-    DemoClassifier,
-    load_demo_pipeline,
-    load_demo_reference,
-)
+from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
 from .diffusion import NoiseProcess, make_student_scheduler
-from .hub import model_card
+from .hub import model_card, run_settings, write_metrics
 from .pipelines import family_of
-from .prompts import check_prompts, draw_prompts, split_rows
+from .prompts import PromptCache, check_prompts, draw_prompts, split_rows
 from .rewards import call_reward
 from .roles import ADAPTERS, Roles
 
-
-# Encoded prompts kept in memory, the oldest dropped first: with SD 1.5's 77 x 768 floats, half a gigabyte.
-PROMPT_CACHE_SIZE = 2048
 
 RewardFunction = Callable[..., Any]
 
@@ -111,6 +101,7 @@ class RdmDistillTrainer(Trainer):
         self.family = family_of(sd_pipeline)
         self.base_model = sd_pipeline.config.get("_name_or_path") or sd_pipeline.name_or_path
         self.is_demo = self.base_model == DEMO_PIPELINE
+        self.encode = PromptCache(self.family.encode_prompts, config.per_device_eval_batch_size)
         self.process = NoiseProcess(sd_pipeline.scheduler)
         self.student_scheduler = make_student_scheduler(sd_pipeline.scheduler, config.sample_num_steps)
 
@@ -166,10 +157,10 @@ class RdmDistillTrainer(Trainer):
         set_seed(config.seed, device_specific=True)
 
         self.fake_optimizer = None
+        self.judge = self._make_judge()
         self.metrics = {}
         self.cost = {"updates": 0, "rollouts": 0, "teacher_evaluations": 0, "seconds": 0.0}
         self._fake_batches = []
-        self._condition_cache = OrderedDict()
         self._measured = {}
         self._records = defaultdict(list)
 
@@ -183,20 +174,6 @@ class RdmDistillTrainer(Trainer):
             batch_size=args.per_device_train_batch_size // args.num_generations * args.world_size,
             seed=args.seed,
         )
-
-    def encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """The denoiser's conditions for `prompts`, each encoded once and remembered."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._condition_cache]
-        encoded = {prompt: self._condition_cache[prompt] for prompt in prompts if prompt not in missing}
-        for start in range(0, len(missing), self.args.per_device_eval_batch_size):
-            chunk = missing[start : start + self.args.per_device_eval_batch_size]
-            condition = self.family.encode_prompts(chunk)
-            for i, prompt in enumerate(chunk):
-                encoded[prompt] = {key: value[i] for key, value in condition.items()}
-        self._condition_cache.update(encoded)
-        while len(self._condition_cache) > PROMPT_CACHE_SIZE:
-            self._condition_cache.popitem(last=False)
-        return {key: torch.stack([encoded[prompt][key] for prompt in prompts]) for key in encoded[prompts[0]]}
 
     def predict_x0(self, model, role: str, x_t, timesteps, condition) -> torch.Tensor:
         """Denoised prediction of `role`, without guidance; `model` is `self.model`, wrapped or not."""
@@ -560,28 +537,22 @@ class RdmDistillTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
 
+    def _make_judge(self) -> evaluation.Judge:
+        if self.is_demo:
+            return load_demo_judge()
+        if self.args.eval_feature_model is not None:
+            return evaluation.Judge(evaluation.PretrainedFeatures(self.args.eval_feature_model))
+        return evaluation.Judge()
+
     def _measure(self, prompts: list[str], metadata: list[Any]):
         """Fills `self.metrics`; the teacher's and the base's figures only once, since they never change."""
-        features_of = reference = target = None
-        if self.is_demo:
-            features_of, reference = DemoClassifier(), load_demo_reference()
-            if all(prompt in DEMO_PROMPT_CLASS for prompt in prompts):
-                target = torch.tensor([DEMO_PROMPT_CLASS[prompt] for prompt in prompts])
-        elif self.args.eval_feature_model is not None:
-            features_of = evaluation.PretrainedFeatures(self.args.eval_feature_model)
         for who in ("teacher", "base", "student"):
             if who != "student" and self._measured.get(who) == prompts:
                 continue
             images = self.sample(who, prompts, description=f"evaluating the {who}")
-            figures = {}
-            if features_of is not None:
-                teacher = self._teacher_statistics if who != "teacher" else None
-                figures, statistics = evaluation.compare(images, prompts, features_of, reference, teacher, target)
-                if who == "teacher":
-                    self._teacher_statistics = statistics
             rewards, _ = self.compute_rewards([[images, prompts, metadata]])[0]
-            figures["rewards"] = dict(zip(self.reward_names, rewards.nanmean(0).tolist(), strict=True))
-            self.metrics[who] = figures
+            named = dict(zip(self.reward_names, rewards.nanmean(0).tolist(), strict=True))
+            self.metrics[who] = {**self.judge(who, images, prompts), "rewards": named}
             self._measured[who] = prompts
         self.metrics["note"] = f"{len(prompts)} images of each model, seed {self.args.seed}, {evaluation.machine()}."
 
@@ -610,31 +581,12 @@ class RdmDistillTrainer(Trainer):
     # ------------------------------------------------------------------------------------------- checkpoints and cards
 
     def settings(self) -> dict[str, Any]:
-        """All that is needed to repeat the run: our options, those of `Trainer` that matter, and the LoRA's."""
-        ours = [
-            name for name in RdmDistillConfig.__annotations__ if name not in ("report_to", "remove_unused_columns")
-        ]
-        theirs = (
-            "gradient_accumulation_steps",
-            "optim",
-            "weight_decay",
-            "max_grad_norm",
-            "warmup_steps",
-            "bf16",
-            "seed",
-        )
-        settings = {name: getattr(self.args, name) for name in (*ours, *theirs)}
-        settings = {name: str(v.value) if hasattr(v, "value") else v for name, v in settings.items()}
-        base = "rdm_trl.demo" if self.is_demo else self.base_model
-        lora = {"lora_r": self.lora_config.r, "lora_alpha": self.lora_config.lora_alpha}
-        return {"base_model": base, "num_processes": self.args.world_size, **settings, **lora}
+        """All that is needed to repeat the run."""
+        return run_settings(self.args, "rdm_trl.demo" if self.is_demo else self.base_model, self.lora_config)
 
     def _write_metrics(self, folder: Path):
-        self.cost["updates"] = self.state.global_step
-        self.cost["peak_memory_mb"] = evaluation.peak_memory_mb()
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**self.metrics, "settings": self.settings(), "cost": self.cost}, indent=2)
-        (folder / "metrics.json").write_text(text + "\n")
+        self.cost |= {"updates": self.state.global_step, "peak_memory_mb": evaluation.peak_memory_mb()}
+        write_metrics(folder, {**self.metrics, "settings": self.settings(), "cost": self.cost})
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         """A distilled checkpoint: the student's LoRA, its scheduler, card, samples and figures."""

@@ -79,26 +79,18 @@ def test_training_saves_a_checkpoint_that_plain_diffusers_loads(tmp_path):
     ours = policy.rollout(predict, trainer.process, trainer.student_timesteps, noise, torch.tensor([3, 3]))
     ours = trainer.family.decode(ours.latents[:, -1])
 
+    def draw(pipeline):
+        pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+        generator = torch.Generator().manual_seed(3)
+        return pipeline(
+            prompts, num_inference_steps=4, guidance_scale=1.0, generator=generator, output_type="pt"
+        ).images
+
     plain = make_tiny_pipeline()
     plain.load_lora_weights(folder)
-    plain.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
-    theirs = plain(
-        prompts,
-        num_inference_steps=4,
-        guidance_scale=1.0,
-        generator=torch.Generator().manual_seed(3),
-        output_type="pt",
-    ).images
+    theirs = draw(plain)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    base = make_tiny_pipeline()
-    base.scheduler = plain.scheduler
-    untrained = base(
-        prompts,
-        num_inference_steps=4,
-        guidance_scale=1.0,
-        generator=torch.Generator().manual_seed(3),
-        output_type="pt",
-    ).images
+    untrained = draw(make_tiny_pipeline())
     assert (untrained - theirs).abs().max() > 1e-2
 
     metrics = json.loads((folder / "metrics.json").read_text())

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification
 
+from ..evaluation import Judge
+
 
 DEMO_PIPELINE = str(Path(__file__).parent / "pipeline")
 DEMO_CLASSIFIER = str(Path(__file__).parent / "classifier")
@@ -52,10 +54,10 @@ class DemoClassifier(nn.Module):
     logits `(B, 10)`.
     """
 
-    def __init__(self):
+    def __init__(self, path: str | Path = DEMO_CLASSIFIER):
         super().__init__()
         self.model = AutoModelForImageClassification.from_pretrained(
-            DEMO_CLASSIFIER, dtype=torch.float32, local_files_only=True
+            path, dtype=torch.float32, local_files_only=True
         ).eval()
         self.num_features = self.model.config.hidden_sizes[-1]
         self.requires_grad_(False)
@@ -68,3 +70,8 @@ class DemoClassifier(nn.Module):
 def load_demo_reference() -> dict[str, torch.Tensor]:
     """Feature statistics of Fashion-MNIST's 10,000 test images: `mean` (D,), `cov` (D, D) and `num_samples`."""
     return load_file(DEMO_REFERENCE)
+
+
+def load_demo_judge() -> Judge:
+    """Measures images against Fashion-MNIST's test images, and their classes against the demo's prompts."""
+    return Judge(DemoClassifier(), load_demo_reference(), DEMO_PROMPT_CLASS)
