@@ -4,10 +4,10 @@
 import re
 
 from trl import TrlParser
-from trl.trainer.utils import RepeatSampler, get_callable_name, nanstd
+from trl.trainer.utils import RepeatSampler, get_callable_name, is_async_callable, nanstd
 
 
-__all__ = ["RepeatSampler", "TrlParser", "get_callable_name", "make_parser", "nanstd"]
+__all__ = ["RepeatSampler", "TrlParser", "get_callable_name", "is_async_callable", "make_parser", "nanstd"]
 
 
 def make_parser(*dataclass_types: type) -> TrlParser:

@@ -37,7 +37,7 @@ class SampleGridCallback(TrainerCallback):
         prompts = [available[i * len(available) // count] for i in range(count)]
         columns = {**self.constant_columns}
         for who, title in (
-            ("teacher", f"teacher, {args.teacher_num_steps} steps, guidance {args.sample_guidance_scale:g}"),
+            ("teacher", f"teacher, {args.teacher_num_steps} steps, guidance {args.teacher_guidance_scale:g}"),
             ("base", f"base, {args.sample_num_steps} steps"),
             ("student", f"student, {args.sample_num_steps} steps"),
         ):

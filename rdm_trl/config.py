@@ -6,6 +6,8 @@ from pathlib import Path
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from ._trl import get_callable_name
+
 
 @dataclass
 class RdmDistillConfig(TrainingArguments):
@@ -24,7 +26,7 @@ class RdmDistillConfig(TrainingArguments):
         sample_num_steps (`int`, *optional*, defaults to `4`):
             Number K of denoising steps of the student.
         sample_guidance_scale (`float`, *optional*, defaults to `1.75`):
-            Guidance scale of the teacher, which the student learns to do without; `1.0` turns it off.
+            Guidance scale of the teacher in R_dm, which the student learns to do without; `1.0` turns it off.
         negative_prompts (`str`, *optional*, defaults to `""`):
             Negative prompt of the teacher's guidance.
         num_generations (`int`, *optional*, defaults to `4`):
@@ -41,9 +43,11 @@ class RdmDistillConfig(TrainingArguments):
             How the noise levels of R_dm are drawn: `"uniform"`, an independent draw for each image; `"stratified"`,
             one draw from each of `num_generations` equal parts of the range for the images of a prompt; `"shared"`,
             one draw for each prompt.
+        dm_estimator (`str`, *optional*, defaults to `"pathwise"`):
+            `"pathwise"`, R_dm's gradient as a direction; `"policy_gradient"`, its scalar estimate as a reward like
+            any other, normalised over the prompt's group, through the re-noising policy (far noisier; an ablation).
         dm_timestep_range (`list[float]`, *optional*, defaults to `[0.02, 0.98]`):
             Smallest and largest noise level of R_dm, as fractions of the training range (DMD's).
-
         dm_subintervals (`bool`, *optional*, defaults to `True`):
             Match the images of an exit step only at noise levels above the next step's, which is all that the rest of
             the trajectory sees of them (and train the fake score on them only there). `False` matches every step's
@@ -67,11 +71,33 @@ class RdmDistillConfig(TrainingArguments):
 
         > Parameters that control the rewards
 
+        reward_funcs (`list[str]`, *optional*):
+            Rewards, joined with the constructor's `reward_function` and behind it: names of built-ins
+            (`"clip_score"`, see `rdm_trl.rewards.builtin`), dotted paths (`"my_rewards:redness"`), in Python also
+            functions.
         reward_weights (`list[float]`, *optional*):
-            Weight of each reward function, in their order; all `1.0` by default.
+            Weight of each reward, in their order; all `1.0` by default. What it means depends on `reward_mixing`.
+        reward_mixing (`str`, *optional*, defaults to `"adaptive"`):
+            How rewards join distribution matching: `"sum"`, the plain weighted sum (DMDR); `"adaptive"`, each reward's
+            push scaled against distribution matching's, so that its weight is a share (GNDMR); `"constrained"`, as
+            adaptive within a budget for the distance to the teacher, `target_dm`.
+        target_dm (`float`, *optional*):
+            Budget of `reward_mixing="constrained"` for the estimated KL divergence to the teacher, in the units of
+            the logged `-rewards/distribution_matching/mean`.
+        reward_gradients (`bool`, *optional*, defaults to `True`):
+            Differentiate the rewards that declare themselves `differentiable` (ReFL). `False` treats all as black
+            boxes.
+        reward_warmup (`int`, *optional*, defaults to `0`):
+            Updates of distribution matching alone before the rewards join.
+        reward_timeout (`float`, *optional*):
+            Seconds that a reward may take for a batch before the run stops with an error.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
-            What divides the advantage: the standard deviation over the images of a prompt (`"group"`) or over all
-            images (`"batch"`), or nothing (`"none"`).
+            What divides a black-box reward's advantage: the standard deviation over the images of a prompt
+            (`"group"`) or over all images (`"batch"`), or nothing (`"none"`).
+        multi_objective_aggregation (`str`, *optional*, defaults to `"normalize_then_sum"`):
+            How `reward_mixing="sum"` makes one advantage of several black-box rewards, with GRPO's formulas:
+            `"normalize_then_sum"`, or GRPO's own default `"sum_then_normalize"`, with which the reward of the largest
+            scale wins. The sum then counts with the rewards' total weight. The other mixings normalise each reward.
         epsilon (`float`, *optional*, defaults to `1e-4`):
             Clip range of the importance ratio (of densities averaged over elements, as in DDPO).
 
@@ -79,6 +105,9 @@ class RdmDistillConfig(TrainingArguments):
 
         teacher_num_steps (`int`, *optional*, defaults to `25`):
             Denoising steps of the teacher's own samples, with guidance, in evaluation and sample grids.
+        teacher_guidance_scale (`float`, *optional*):
+            Guidance scale of these samples; that of R_dm, `sample_guidance_scale`, by default. Distribution matching
+            favours likely images, as guidance does, so that the best student needs less guidance than its teacher.
         num_eval_images (`int`, *optional*, defaults to `1000`):
             Images of each model that `evaluate` compares, `num_generations` of a prompt.
         eval_feature_model (`str`, *optional*):
@@ -110,7 +139,7 @@ class RdmDistillConfig(TrainingArguments):
     # Parameters that control sampling
     sample_num_steps: int = field(default=4, metadata={"help": "Number of denoising steps of the student."})
     sample_guidance_scale: float = field(
-        default=1.75, metadata={"help": "Guidance scale of the teacher, which the student learns to do without."}
+        default=1.75, metadata={"help": "Guidance scale of the teacher in R_dm, which the student learns."}
     )
     negative_prompts: str = field(default="", metadata={"help": "Negative prompt of the teacher's guidance."})
     num_generations: int = field(default=4, metadata={"help": "Images per prompt: the group."})
@@ -131,11 +160,17 @@ class RdmDistillConfig(TrainingArguments):
             "choices": ["uniform", "stratified", "shared"],
         },
     )
+    dm_estimator: str = field(
+        default="pathwise",
+        metadata={
+            "help": "R_dm as the gradient it has, or as a scalar reward through the policy gradient.",
+            "choices": ["pathwise", "policy_gradient"],
+        },
+    )
     dm_timestep_range: list[float] = field(
         default_factory=lambda: [0.02, 0.98],
         metadata={"help": "Smallest and largest noise level of R_dm, as fractions of the training range."},
     )
-
     dm_subintervals: bool = field(
         default=True, metadata={"help": "Match a step's images only at noise levels above the next step's."}
     )
@@ -152,8 +187,33 @@ class RdmDistillConfig(TrainingArguments):
     ema_decay: float = field(default=0.95, metadata={"help": "Decay, per update, of the student's average."})
 
     # Parameters that control the rewards
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Rewards: names of built-ins or dotted paths, as my_rewards:redness."}
+    )
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward function; all 1.0 by default."}
+        default=None, metadata={"help": "Weight of each reward; all 1.0 by default."}
+    )
+    reward_mixing: str = field(
+        default="adaptive",
+        metadata={
+            "help": "How rewards join distribution matching: DMDR's sum, GNDMR's shares, or within a budget.",
+            "choices": ["sum", "adaptive", "constrained"],
+        },
+    )
+    target_dm: float | None = field(
+        default=None, metadata={"help": "Budget of the constrained mixing for the KL divergence to the teacher."}
+    )
+    reward_gradients: bool = field(
+        default=True, metadata={"help": "Differentiate rewards that declare themselves differentiable."}
+    )
+    reward_warmup: int = field(default=0, metadata={"help": "Updates of distribution matching alone, at first."})
+    reward_timeout: float | None = field(default=None, metadata={"help": "Seconds that a reward may take."})
+    multi_objective_aggregation: str = field(
+        default="normalize_then_sum",
+        metadata={
+            "help": "How the sum mixing makes one advantage of several black-box rewards.",
+            "choices": ["normalize_then_sum", "sum_then_normalize"],
+        },
     )
     scale_rewards: str = field(
         default="group",
@@ -163,6 +223,9 @@ class RdmDistillConfig(TrainingArguments):
 
     # Parameters that control evaluation and logging
     teacher_num_steps: int = field(default=25, metadata={"help": "Denoising steps of the teacher's own samples."})
+    teacher_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance scale of the teacher's own samples; R_dm's by default."}
+    )
     num_eval_images: int = field(default=1000, metadata={"help": "Images of each model that evaluation compares."})
     eval_feature_model: str | None = field(
         default=None, metadata={"help": "Image model whose pooled features serve for FID and diversity."}
@@ -177,11 +240,16 @@ class RdmDistillConfig(TrainingArguments):
         for name, choices in (
             ("dm_normalization", ("group", "sample", "batch", "none")),
             ("dm_timestep_sampling", ("uniform", "stratified", "shared")),
+            ("dm_estimator", ("pathwise", "policy_gradient")),
             ("scale_rewards", ("group", "batch", "none")),
+            ("reward_mixing", ("sum", "adaptive", "constrained")),
+            ("multi_objective_aggregation", ("normalize_then_sum", "sum_then_normalize")),
         ):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"`{name}` is {value!r}, but must be one of {', '.join(choices)}.")
+        if self.teacher_guidance_scale is None:
+            self.teacher_guidance_scale = self.sample_guidance_scale
         for name, smallest in (
             ("sample_num_steps", 1),
             ("num_generations", 1),
@@ -192,7 +260,9 @@ class RdmDistillConfig(TrainingArguments):
             ("log_images_steps", 0),
             ("fake_warmup_steps", 0),
             ("dm_weight", 0),
+            ("reward_warmup", 0),
             ("sample_guidance_scale", 1),
+            ("teacher_guidance_scale", 1),
         ):
             if getattr(self, name) < smallest:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {smallest}.")
@@ -211,6 +281,15 @@ class RdmDistillConfig(TrainingArguments):
             raise ValueError(
                 f"`dm_timestep_range` is {self.dm_timestep_range}, but must be two rising fractions in [0, 1]."
             )
+        if (self.reward_mixing == "constrained") != (self.target_dm is not None):
+            raise ValueError("`target_dm` is the budget of `reward_mixing='constrained'`: give both or neither.")
+        for name in ("target_dm", "reward_timeout"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be positive.")
+        if self.dm_estimator == "policy_gradient" and self.num_generations < 2:
+            raise ValueError(
+                "`dm_estimator='policy_gradient'` compares the images of a prompt: `num_generations` >= 2."
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}, but must be in [0, 1).")
         if self.epsilon <= 0:
@@ -221,3 +300,12 @@ class RdmDistillConfig(TrainingArguments):
             raise ValueError("`remove_unused_columns` must stay off: rewards may read the data set's other columns.")
         if Path(self.output_dir).is_file():
             raise ValueError(f"`output_dir` is a file: {self.output_dir}. Give a folder.")
+
+    def to_dict(self):
+        """As in `TrainingArguments`, with functions among `reward_funcs` by name, for logs and checkpoints."""
+        values = super().to_dict()
+        if self.reward_funcs is not None:
+            values["reward_funcs"] = [
+                reward if isinstance(reward, str) else get_callable_name(reward) for reward in self.reward_funcs
+            ]
+        return values

@@ -81,11 +81,14 @@ TRAINING_SETTINGS = (
 )
 
 
-def run_settings(config: RdmDistillConfig, base_model: str, lora_config: LoraConfig) -> dict[str, Any]:
-    """All that is needed to repeat a run: our options, those of `Trainer` that matter, and the LoRA's."""
+def run_settings(
+    config: RdmDistillConfig, base_model: str, lora_config: LoraConfig, rewards: list[str]
+) -> dict[str, Any]:
+    """All that is needed to repeat a run: our options, those of `Trainer` that matter, the LoRA's, the rewards."""
     ours = [name for name in RdmDistillConfig.__annotations__ if name not in ("report_to", "remove_unused_columns")]
     settings = {name: getattr(config, name) for name in (*ours, *TRAINING_SETTINGS)}
     settings = {name: str(v.value) if hasattr(v, "value") else v for name, v in settings.items()}
+    settings["reward_funcs"] = rewards
     lora = {"lora_r": lora_config.r, "lora_alpha": lora_config.lora_alpha}
     return {"base_model": base_model, "num_processes": config.world_size, **settings, **lora}
 

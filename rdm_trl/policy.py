@@ -43,12 +43,27 @@ class Rollout:
     def exit_timesteps(self) -> torch.Tensor:
         return self.timesteps[self.exit_steps]
 
+    def transition_scale(self, process: NoiseProcess) -> torch.Tensor:
+        """`a / b` (B,) of the transition behind the exit step; 0 behind the last step, which is deterministic."""
+        a, b = process.coefficients(self.timesteps, self.timesteps)
+        return torch.cat([(a / b)[1:], a.new_zeros(1)])[self.exit_steps]
+
 
 def draw_exit_steps(num_groups: int, num_generations: int, num_steps: int) -> torch.Tensor:
     """Exit steps (num_groups * num_generations,): one a group, spread evenly over the grid, in random order."""
     offset = torch.randint(num_steps, (1,))
     order = torch.randperm(num_groups)
     return ((order + offset) % num_steps).repeat_interleave(num_generations)
+
+
+def seen_noise(exit_steps: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
+    """
+    The smallest noise level (B,) that matters for images of these exit steps on the grid `timesteps` (K,), as a
+    fraction: an image is noised again to the next step's time, and what that drowns is nothing the student has to get
+    right yet.
+    """
+    following = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
+    return following[exit_steps] / num_train_timesteps
 
 
 @torch.no_grad()
@@ -98,3 +113,12 @@ def log_prob(next_latents: torch.Tensor, x0: torch.Tensor, next_timesteps: torch
         -(next_latents.float() - a * x0.float()).square() / (2 * b.square()) - b.log() - 0.5 * math.log(2 * math.pi)
     )
     return density.flatten(1).mean(1)
+
+
+def score_direction(advantage: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, process: NoiseProcess):
+    r"""
+    The policy gradient of a scalar `advantage` (B,) as a direction (B, ...) of x0, where the action is x0 noised by
+    `noise` to `timesteps` (B,): \\(A \nabla_G \log \pi = A \frac{a}{b} \epsilon\\).
+    """
+    a, b = process.coefficients(timesteps, noise)
+    return advantage.view(-1, *(1,) * (noise.ndim - 1)) * (a / b) * noise

@@ -54,6 +54,18 @@ def draw_prompts(prompt_function: Callable, number: int, seed: int) -> Dataset:
     return Dataset.from_list([{"prompt": prompt, "metadata": metadata} for prompt, metadata in rows])
 
 
+def training_prompts(
+    prompt_function: Callable | None, dataset: Dataset | None, per_step: int, in_all: int, seed: int
+) -> Dataset:
+    """The run's prompts, at least one step's worth. Raises `ValueError` for two sources, and as `check_prompts`."""
+    if prompt_function is not None:
+        if dataset is not None:
+            raise ValueError("Give prompts by `prompt_function` or by `train_dataset`, not both.")
+        dataset = draw_prompts(prompt_function, in_all, seed)
+    dataset = check_prompts(dataset, "train_dataset")
+    return dataset.repeat(-(-per_step // len(dataset))) if len(dataset) < per_step else dataset
+
+
 def check_prompts(dataset: Dataset | None, name: str) -> Dataset:
     """`dataset`, if it has prompts. Raises `ValueError` if it is missing, empty, or its prompts are not text."""
     if dataset is None:

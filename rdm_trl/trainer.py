@@ -21,20 +21,19 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, get_scheduler
 
 from . import evaluation, losses, matching, policy
-from ._trl import RepeatSampler, get_callable_name, nanstd
-from .advantages import group_advantages
+from ._trl import RepeatSampler
+from .advantages import Feedback, normalize_rewards
 from .callbacks import EmaCallback, ImageTracker, SampleGridCallback
 from .config import RdmDistillConfig
 from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
 from .diffusion import NoiseProcess, make_student_scheduler
+from .fake_score import FakeScore
 from .hub import model_card, run_settings, write_metrics
 from .pipelines import family_of
-from .prompts import PromptCache, check_prompts, draw_prompts, split_rows
-from .rewards import call_reward
+from .prompts import PromptCache, check_prompts, split_rows, training_prompts
+from .rewards import RewardFunction, resolve_reward
+from .rewards.panel import RewardPanel, over_processes
 from .roles import ADAPTERS, Roles
-
-
-RewardFunction = Callable[..., Any]
 
 
 class RdmDistillTrainer(Trainer):
@@ -58,7 +57,7 @@ class RdmDistillTrainer(Trainer):
         config (`RdmDistillConfig`): all options.
         reward_function (callable or list of callables, *optional*):
             `f(images, prompts, metadata)` or `f(images=..., prompts=..., **columns)`; images are (B, 3, H, W) in
-            [0, 1]. Returns one number an image, or (numbers, metadata). See [`rewards.call_reward`].
+            [0, 1]. Returns one number an image, or (numbers, metadata). See [`rewards.Scorer`].
         prompt_function (callable, *optional*): `() -> (prompt, metadata)`, as in DDPO; instead of `train_dataset`.
         sd_pipeline (pipeline, path or Hub id, *optional*): the teacher; the embedded pipeline by default.
         image_samples_hook (callable, *optional*):
@@ -108,14 +107,9 @@ class RdmDistillTrainer(Trainer):
         # Rewards
         if reward_function is None:
             reward_function = []
-        self.reward_funcs = reward_function if isinstance(reward_function, list) else [reward_function]
-        self.reward_names = [get_callable_name(function) for function in self.reward_funcs]
-        weights = config.reward_weights if config.reward_weights is not None else [1.0] * len(self.reward_funcs)
-        if len(weights) != len(self.reward_funcs):
-            raise ValueError(
-                f"`reward_weights` has {len(weights)} values for {len(self.reward_funcs)} reward functions."
-            )
-        self.reward_weights = torch.tensor(weights)
+        given = reward_function if isinstance(reward_function, list) else [reward_function]
+        functions = [resolve_reward(reward) for reward in (*given, *(config.reward_funcs or []))]
+        self.rewards = RewardPanel(functions, config)
         self.image_samples_callback = image_samples_hook
 
         # Prompts
@@ -123,13 +117,9 @@ class RdmDistillTrainer(Trainer):
         if train_dataset is None and prompt_function is None and self.is_demo:
             train_dataset = Dataset.from_dict({"prompt": DEMO_PROMPTS})
         num_prompts = config.per_device_train_batch_size // config.num_generations * config.world_size
-        if prompt_function is not None:
-            if train_dataset is not None:
-                raise ValueError("Give prompts by `prompt_function` or by `train_dataset`, not both.")
-            train_dataset = draw_prompts(prompt_function, config.max_steps * num_prompts, config.seed)
-        train_dataset = check_prompts(train_dataset, "train_dataset")
-        if len(train_dataset) < num_prompts:
-            train_dataset = train_dataset.repeat(-(-num_prompts // len(train_dataset)))
+        train_dataset = training_prompts(
+            prompt_function, train_dataset, num_prompts, config.max_steps * num_prompts, config.seed
+        )
         eval_dataset = check_prompts(eval_dataset, "eval_dataset") if eval_dataset is not None else train_dataset
 
         # Model: one frozen denoiser and its adapters, equal on all processes
@@ -156,8 +146,10 @@ class RdmDistillTrainer(Trainer):
         # Other noise on each process, from here on.
         set_seed(config.seed, device_specific=True)
 
-        self.fake_optimizer = None
-        self.judge = self._make_judge()
+        self.fake_score = None
+        self.judge = load_demo_judge() if self.is_demo else evaluation.Judge()
+        if config.eval_feature_model is not None:
+            self.judge = evaluation.Judge(evaluation.PretrainedFeatures(config.eval_feature_model))
         self.metrics = {}
         self.cost = {"updates": 0, "rollouts": 0, "teacher_evaluations": 0, "seconds": 0.0}
         self._fake_batches = []
@@ -222,33 +214,57 @@ class RdmDistillTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             exit_steps = policy.draw_exit_steps(num_groups, args.num_generations, args.sample_num_steps)
             logs_now = self.state.logging_steps and self.state.global_step % self.state.logging_steps == 0
-            looks_at_pixels = bool(self.reward_funcs) or (self.image_samples_callback is not None and logs_now)
-            rollout = self._rollout(condition, exit_steps.to(device), complete=looks_at_pixels)
+            rewarded = bool(self.rewards.functions) and self.state.global_step >= args.reward_warmup
+            shows = self.image_samples_callback is not None and logs_now
+            complete = shows or (rewarded and bool(self.rewards.black_boxes))
+            rollout = self._rollout(condition, exit_steps.to(device), complete)
             low, high = args.dm_timestep_range
-            seen = self._seen_noise(exit_steps)
+            seen = torch.zeros(len(exit_steps))
+            if args.dm_subintervals:
+                seen = policy.seen_noise(exit_steps, self.student_timesteps.cpu(), self.process.num_train_timesteps)
             fractions = matching.draw_fractions(
                 num_groups, args.num_generations, args.dm_timestep_sampling, seen.clamp(min=low), high
             )
+            noise = torch.randn_like(rollout.x0)
+            timesteps = self.process.timesteps_at(fractions).to(device)
             probe = matching.probe(
                 lambda x_t, t: self.predict_teacher(x_t, t, condition),
                 lambda x_t, t: self.predict_x0(self.model, "fake", x_t, t, condition),
                 self.process,
                 rollout.x0,
-                torch.randn_like(rollout.x0),
-                self.process.timesteps_at(fractions).to(device),
+                noise,
+                timesteps,
             )
         self._check_finite("R_dm", probe.direction.flatten(1).abs().sum(1), prompts)
-        if args.dm_normalization == "batch":
-            probe.scale = gather(probe.scale).mean().expand_as(probe.scale)
-        advantage = matching.normalize(probe, args.dm_normalization, args.num_generations)
+        if args.dm_estimator == "policy_gradient":
+            advantage = over_processes(
+                lambda rewards: normalize_rewards(rewards, args.num_generations, args.scale_rewards),
+                probe.reward[:, None],
+            )
+            dm = policy.score_direction(advantage.squeeze(1), noise, timesteps, self.process)
+        else:
+            if args.dm_normalization == "batch":
+                probe.scale = gather(probe.scale).mean().expand_as(probe.scale)
+            dm = matching.normalize(probe, args.dm_normalization, args.num_generations)
 
-        scalar_advantage = None
-        if looks_at_pixels:
-            rewards = self._score(rollout, prompts, metadata, call_hook=logs_now)
-            if self.reward_funcs:
-                scalar_advantage = group_advantages(
-                    rewards, self.reward_weights.to(device), args.num_generations, args.scale_rewards
-                )
+        feedback = Feedback(args.dm_weight * dm, torch.zeros(len(dm), device=device))
+        images, rewards, reward_metadata = None, dm.new_full((len(dm), len(self.rewards.functions)), torch.nan), {}
+        if complete:
+            with torch.no_grad():
+                images = self.family.decode(rollout.latents[:, -1])
+            self._record("x0/saturation", ((images < 1 / 255) | (images > 254 / 255)).float().mean())
+        if rewarded:
+            rewards, pushes, reward_metadata = self.rewards.ask(
+                images, rollout.x0, self.family.decode, prompts, metadata
+            )
+            feedback = self.rewards.mix(dm, pushes, rollout, self.process, probe.reward)
+            for name, value in self.rewards.figures(gather(rewards)).items():
+                self._record(name, value)
+        if shows and self.is_world_process_zero():
+            shown = rewards[:, 0] if rewards.shape[1] == 1 else rewards
+            self.image_samples_callback(
+                [[images, prompts, metadata, shown, reward_metadata]], self.state.global_step, ImageTracker(self)
+            )
         self._fake_batches.append((rollout.x0, condition, seen))
         self._record("rewards/distribution_matching/mean", probe.reward.mean())
         self._record("rewards/distribution_matching/std", probe.reward.std())
@@ -256,23 +272,16 @@ class RdmDistillTrainer(Trainer):
         self._record("dm/direction", probe.direction.abs().mean())
         self._record("x0/mean", rollout.x0.mean())
         self._record("x0/std", rollout.x0.std())
+        if args.num_generations > 1:
+            groups = rollout.x0.view(num_groups, args.num_generations, -1)
+            self._record("x0/diversity", groups.std(1).mean())
         return {
             "prompts": prompts,
             "condition": condition,
             "rollout": rollout,
-            "advantage": advantage,
-            "scalar_advantage": scalar_advantage,
+            "timesteps": timesteps,
+            "feedback": feedback,
         }
-
-    def _seen_noise(self, exit_steps: torch.Tensor) -> torch.Tensor:
-        """
-        The smallest noise level (B,) that matters for images of these exit steps, as a fraction: an image is noised
-        again to the next step's time, and what that drowns is nothing the student has to get right yet.
-        """
-        if not self.args.dm_subintervals:
-            return torch.zeros(len(exit_steps))
-        following = torch.cat([self.student_timesteps[1:].cpu(), torch.zeros(1)])
-        return following[exit_steps] / self.process.num_train_timesteps
 
     def _rollout(self, condition: dict[str, torch.Tensor], exit_steps: torch.Tensor, complete: bool):
         shape = (len(exit_steps), self.args.sample_num_steps, *self.family.latent_shape)
@@ -285,32 +294,12 @@ class RdmDistillTrainer(Trainer):
 
         return policy.rollout(predict, self.process, self.student_timesteps, noise, exit_steps, complete)
 
-    def _score(self, rollout, prompts: list[str], metadata: list[Any], call_hook: bool) -> torch.Tensor:
-        """Decodes the final images, calls the rewards, logs them, and calls the image hook. Rewards (B, M)."""
-        with torch.no_grad():
-            images = self.family.decode(rollout.latents[:, -1])
-        rewards, reward_metadata = self.compute_rewards([[images, prompts, metadata]])[0]
-        if self.reward_funcs:
-            everywhere = gather(rewards)
-            for i, name in enumerate(self.reward_names):
-                self._record(f"rewards/{name}/mean", everywhere[:, i].nanmean())
-                self._record(f"rewards/{name}/std", nanstd(everywhere[:, i]))
-            total = (everywhere * self.reward_weights.to(everywhere)).nansum(1)
-            self._record("reward", total.mean())
-            self._record("reward_std", total.view(-1, self.args.num_generations).std(1).mean())
-        if self.image_samples_callback is not None and call_hook and self.is_world_process_zero():
-            shown = rewards[:, 0] if rewards.shape[1] == 1 else rewards
-            self.image_samples_callback(
-                [[images, prompts, metadata, shown, reward_metadata]], self.state.global_step, ImageTracker(self)
-            )
-        return rewards
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         rollout = inputs["rollout"]
         x0 = self.predict_x0(model, "student", rollout.exit_latents, rollout.exit_timesteps, inputs["condition"])
-        loss = self.args.dm_weight * losses.student_loss(x0, inputs["advantage"])
-        if inputs["scalar_advantage"] is not None:
-            loss = loss + self._transition_loss(x0, rollout, inputs["scalar_advantage"])
+        loss = losses.student_loss(x0, inputs["feedback"].direction)
+        if self.rewards.black_boxes:
+            loss = loss + self._transition_loss(x0, rollout, inputs["feedback"].advantage)
         self._check_finite("student's prediction", x0.detach().flatten(1).sum(1), inputs["prompts"])
         self._record("loss/student", loss)
         return (loss, x0) if return_outputs else loss
@@ -330,55 +319,35 @@ class RdmDistillTrainer(Trainer):
 
     def update_fake(self):
         """`fake_updates` denoising updates of the fake score on the student's latest images."""
-        if self.fake_optimizer is None:
-            self._create_fake_optimizer()
-        parameters = self.model.adapter_parameters("fake")
+
+        def denoising_loss(x0, condition, seen):
+            with self.accelerator.autocast():
+                timesteps = self.process.timesteps_at(seen + (1 - seen) * torch.rand(len(x0))).to(x0.device)
+                noise = torch.randn_like(x0)
+                x_t = self.process.add_noise(x0, noise, timesteps)
+                output = self.family.denoise(lambda *a, **k: self.model("fake", *a, **k), x_t, timesteps, condition)
+                return losses.denoising_loss(output, self.process.target(x0, noise, timesteps))
+
         for _ in range(self.args.fake_updates):
-            for x0, condition, seen in self._fake_batches:
-                with self.accelerator.autocast():
-                    timesteps = self.process.timesteps_at(seen + (1 - seen) * torch.rand(len(x0))).to(x0.device)
-                    noise = torch.randn_like(x0)
-                    x_t = self.process.add_noise(x0, noise, timesteps)
-                    output = self.family.denoise(
-                        lambda *a, **k: self.model("fake", *a, **k), x_t, timesteps, condition
-                    )
-                    loss = losses.denoising_loss(output, self.process.target(x0, noise, timesteps))
-                if not loss.isfinite():
-                    raise FloatingPointError(
-                        f"The fake score's loss is {loss.item()} at step {self.state.global_step}."
-                    )
-                (loss / len(self._fake_batches)).backward()
-                self._record("loss/fake", loss)
-            for parameter in parameters:  # outside DDP, which wraps the student
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-            if self.args.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
-            self.fake_optimizer.step()
-            self.fake_scheduler.step()
-            self.fake_optimizer.zero_grad()
+            self._record("loss/fake", self.fake_score.update(denoising_loss, self._fake_batches))
         self._fake_batches.clear()
-        self._record("fake_learning_rate", self.fake_scheduler.get_last_lr()[0])
+        self._record("fake_learning_rate", self.fake_score.scheduler.get_last_lr()[0])
 
     def create_optimizer(self, model=None):
-        """The student's optimizer; the fake score has its own."""
-        if self.optimizer is None:
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            parameters = self.model.adapter_parameters("student")
-            self.optimizer = optimizer_class(parameters, weight_decay=self.args.weight_decay, **kwargs)
-        return self.optimizer
-
-    def _create_fake_optimizer(self):
+        """The student's optimizer, and beside it the fake score's."""
         args = self.args
         optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
-        kwargs["lr"] = args.fake_learning_rate
-        parameters = self.model.adapter_parameters("fake")
-        self.fake_optimizer = optimizer_class(parameters, weight_decay=args.weight_decay, **kwargs)
-        self.fake_scheduler = get_scheduler(
-            args.fake_lr_scheduler_type,
-            self.fake_optimizer,
-            num_warmup_steps=args.fake_warmup_steps,
-            num_training_steps=args.max_steps * args.fake_updates,
-        )
+        if self.optimizer is None:
+            parameters = self.model.adapter_parameters("student")
+            self.optimizer = optimizer_class(parameters, weight_decay=args.weight_decay, **kwargs)
+        if self.fake_score is None:
+            parameters = self.model.adapter_parameters("fake")
+            kwargs["lr"] = args.fake_learning_rate
+            optimizer = optimizer_class(parameters, weight_decay=args.weight_decay, **kwargs)
+            num_updates = args.max_steps * args.fake_updates
+            scheduler = get_scheduler(args.fake_lr_scheduler_type, optimizer, args.fake_warmup_steps, num_updates)
+            self.fake_score = FakeScore(parameters, optimizer, scheduler, args.max_grad_norm)
+        return self.optimizer
 
     # ------------------------------------------------------------------------------------------------ DDPO's interface
 
@@ -393,18 +362,10 @@ class RdmDistillTrainer(Trainer):
         Returns:
             For each batch the rewards (B, M), a column for each reward function, and their metadata by name.
         """
-
-        def score(pair):
-            images, prompts, metadata = pair
-            rewards, reward_metadata = images.new_zeros((len(images), len(self.reward_funcs))), {}
-            for i, (name, function) in enumerate(zip(self.reward_names, self.reward_funcs, strict=True)):
-                rewards[:, i], reward_metadata[name] = call_reward(function, images, prompts, metadata)
-            return rewards, reward_metadata
-
         if is_async:
             with ThreadPoolExecutor() as executor:
-                return list(executor.map(score, prompt_image_pairs))
-        return [score(pair) for pair in prompt_image_pairs]
+                return list(executor.map(lambda pair: self.rewards.score(*pair), prompt_image_pairs))
+        return [self.rewards.score(*pair) for pair in prompt_image_pairs]
 
     def loss(self, advantages: torch.Tensor, clip_range: float, ratio: torch.Tensor) -> torch.Tensor:
         """PPO's clipped loss of `advantages` and importance `ratio` (B,); used for every scalar reward."""
@@ -495,7 +456,7 @@ class RdmDistillTrainer(Trainer):
         args, base_scheduler = self.args, self.sd_pipeline.scheduler
         seed = args.seed if seed is None else seed
         role, scheduler, num_steps, guidance_scale = {
-            "teacher": ("teacher", base_scheduler, args.teacher_num_steps, args.sample_guidance_scale),
+            "teacher": ("teacher", base_scheduler, args.teacher_num_steps, args.teacher_guidance_scale),
             "base": ("teacher", base_scheduler, args.sample_num_steps, 1.0),
             "student": ("ema", self.student_scheduler, args.sample_num_steps, 1.0),
         }[who]
@@ -537,13 +498,6 @@ class RdmDistillTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
 
-    def _make_judge(self) -> evaluation.Judge:
-        if self.is_demo:
-            return load_demo_judge()
-        if self.args.eval_feature_model is not None:
-            return evaluation.Judge(evaluation.PretrainedFeatures(self.args.eval_feature_model))
-        return evaluation.Judge()
-
     def _measure(self, prompts: list[str], metadata: list[Any]):
         """Fills `self.metrics`; the teacher's and the base's figures only once, since they never change."""
         for who in ("teacher", "base", "student"):
@@ -551,7 +505,7 @@ class RdmDistillTrainer(Trainer):
                 continue
             images = self.sample(who, prompts, description=f"evaluating the {who}")
             rewards, _ = self.compute_rewards([[images, prompts, metadata]])[0]
-            named = dict(zip(self.reward_names, rewards.nanmean(0).tolist(), strict=True))
+            named = dict(zip(self.rewards.names, rewards.nanmean(0).tolist(), strict=True))
             self.metrics[who] = {**self.judge(who, images, prompts), "rewards": named}
             self._measured[who] = prompts
         self.metrics["note"] = f"{len(prompts)} images of each model, seed {self.args.seed}, {evaluation.machine()}."
@@ -582,7 +536,8 @@ class RdmDistillTrainer(Trainer):
 
     def settings(self) -> dict[str, Any]:
         """All that is needed to repeat the run."""
-        return run_settings(self.args, "rdm_trl.demo" if self.is_demo else self.base_model, self.lora_config)
+        base_model = "rdm_trl.demo" if self.is_demo else self.base_model
+        return run_settings(self.args, base_model, self.lora_config, self.rewards.names)
 
     def _write_metrics(self, folder: Path):
         self.cost |= {"updates": self.state.global_step, "peak_memory_mb": evaluation.peak_memory_mb()}
@@ -635,8 +590,8 @@ class RdmDistillTrainer(Trainer):
                 for key, value in self.model.adapter_state(name).items()
             }
             save_file(adapters, folder / "adapters.safetensors")
-            state = {"optimizer": self.fake_optimizer.state_dict(), "scheduler": self.fake_scheduler.state_dict()}
-            torch.save(state, folder / "fake_optimizer.pt")
+            torch.save(self.fake_score.state_dict(), folder / "fake_optimizer.pt")
+            save_file(self.rewards.mixer.state, folder / "mixer.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         state = load_file(Path(resume_from_checkpoint) / "adapters.safetensors")
@@ -648,8 +603,7 @@ class RdmDistillTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._create_fake_optimizer()
             device = self.accelerator.device
             state = torch.load(Path(checkpoint) / "fake_optimizer.pt", map_location=device, weights_only=True)
-            self.fake_optimizer.load_state_dict(state["optimizer"])
-            self.fake_scheduler.load_state_dict(state["scheduler"])
+            self.fake_score.load_state_dict(state)
+            self.rewards.mixer.state = load_file(Path(checkpoint) / "mixer.safetensors")

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, LCMScheduler, VQDiffusionScheduler
 from peft import LoraConfig
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from rdm_trl import RdmDistillConfig, RdmDistillTrainer, policy
+from rdm_trl import RdmDistillConfig, RdmDistillTrainer, matching, policy
 from rdm_trl.diffusion import NoiseProcess
 
 
@@ -195,10 +195,17 @@ def test_the_student_is_trained_along_the_normalised_direction(tmp_path):
 
 
 def test_an_exit_steps_images_are_matched_only_where_the_next_step_sees_them(tmp_path):
-    exit_steps = torch.tensor([3, 0, 1, 2])
-    seen = make_trainer(tmp_path)._seen_noise(exit_steps)
+    seen = policy.seen_noise(torch.tensor([3, 0, 1, 2]), torch.tensor([999, 749, 499, 249]), 1000)
     torch.testing.assert_close(seen, torch.tensor([0.0, 0.749, 0.499, 0.249]))
-    assert make_trainer(tmp_path, dm_subintervals=False)._seen_noise(exit_steps).tolist() == [0.0] * 4
+
+    # Both scores are evaluated there only: no call below an image's level.
+    for subintervals, lowest in ((True, [749, 499, 249, 0]), (False, [0, 0, 0, 0])):
+        trainer = make_trainer(tmp_path, dm_subintervals=subintervals, per_device_train_batch_size=32)
+        inputs = [trainer._prepare_inputs([{"prompt": "a"}] * 32) for _ in range(8)]
+        for step, low in enumerate(lowest):
+            levels = torch.cat([i["timesteps"][i["rollout"].exit_steps == step] for i in inputs])
+            assert levels.min() >= low and levels.min() < low + 100
+        trainer._fake_batches.clear()
 
     # The fake score is trained there too: no call below an image's level.
     trainer = make_trainer(tmp_path)
@@ -212,6 +219,7 @@ def test_an_exit_steps_images_are_matched_only_where_the_next_step_sees_them(tmp
     trainer._fake_batches.append((torch.zeros(4, 4, 4, 4), trainer.encode(["a"] * 4), seen))
     trainer.family.denoise = spy
     trainer.args.fake_updates = 20
+    trainer.create_optimizer()
     trainer.update_fake()
     lowest = torch.stack(levels).amin(0)
     assert (lowest >= (seen * 1000).long()).all() and lowest[0] < 249
@@ -228,12 +236,18 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
 
 
 def test_resume_continues_the_run(tmp_path):
-    """2 + 2 updates with a stop between are 4 updates."""
+    """2 + 2 updates with a stop between are 4 updates, with the mixing's running statistics and multiplier."""
     prompts = [f"a {i}" for i in range(8)]  # 4 updates in one epoch
-    trainer = make_trainer(tmp_path / "whole", max_steps=4, prompts=prompts)
+    mixing = dict(reward_mixing="constrained", target_dm=0.1, save_strategy="steps", save_steps=2)
+
+    def bright(images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+    bright.differentiable = True
+    trainer = make_trainer(tmp_path / "whole", [redness, bright], max_steps=4, prompts=prompts, **mixing)
     trainer.train()
-    make_trainer(tmp_path / "parts", max_steps=2, prompts=prompts, save_strategy="steps", save_steps=2).train()
-    resumed = make_trainer(tmp_path / "parts", max_steps=4, prompts=prompts)
+    make_trainer(tmp_path / "parts", [redness, bright], max_steps=2, prompts=prompts, **mixing).train()
+    resumed = make_trainer(tmp_path / "parts", [redness, bright], max_steps=4, prompts=prompts, **mixing)
     resumed.train(resume_from_checkpoint=True)
     for name in ("student", "fake", "ema"):
         for key, value in trainer.model.adapter_state(name).items():
@@ -365,6 +379,101 @@ def test_ddpo_hook_and_prompt_function(tmp_path):
     assert (tmp_path / "run" / "samples" / "a_b-0.png").is_file()
 
 
+@pytest.mark.parametrize("mixing", ["sum", "adaptive", "constrained"])
+@pytest.mark.parametrize("direct", [False, True])
+def test_every_kind_of_reward_works_with_every_mixing(tmp_path, mixing, direct):
+    """A reward's mean on the same new noise ends higher than with a weight of zero."""
+
+    def reddish(images, prompts, metadata):
+        return redness(images, prompts, metadata)
+
+    reddish.differentiable = direct
+    ends = []
+    for weight in (10.0, 0.0):
+        trainer = make_trainer(
+            tmp_path,
+            [reddish],
+            reward_mixing=mixing,
+            target_dm=10.0 if mixing == "constrained" else None,
+            reward_weights=[weight],
+            max_steps=30,
+            per_device_train_batch_size=32,
+            num_generations=16,
+            learning_rate=5e-3,
+            fake_updates=1,
+            num_eval_images=128,
+            ema_decay=0.5,
+            epsilon=0.2,
+        )
+        trainer.train()
+        ends.append(trainer.evaluate()["eval_reddish"])
+    print("ends", mixing, direct, ends)
+    assert ends[0] > ends[1] + 0.005
+    logs = logs_of(trainer)
+    name = "black_boxes" if mixing == "sum" and not direct else "reddish"
+    for key in ("dm/kl", "dm/multiplier", f"reward_weight/{name}", "rewards/reddish/mean", "x0/diversity"):
+        assert key in logs, key
+    assert ("frac_reward_zero_std" in logs) == (not direct)
+
+
+def test_r_dm_as_a_scalar_reward_goes_through_the_group_advantage(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, dm_estimator="policy_gradient", dm_normalization="none")
+    seen = {}
+    probe = matching.probe
+
+    def spy(*args):
+        seen.update(noise=args[4], t=args[5], probe=probe(*args))
+        return seen["probe"]
+
+    monkeypatch.setattr(matching, "probe", spy)
+    inputs = trainer._prepare_inputs([{"prompt": "a"}] * 8)
+    groups = seen["probe"].reward.view(2, 4)
+    advantage = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    alphas = trainer.sd_pipeline.scheduler.alphas_cumprod[seen["t"]]
+    ratio = (alphas / (1 - alphas)).sqrt()
+    expected = (advantage.flatten() * ratio).view(-1, 1, 1, 1) * seen["noise"]
+    torch.testing.assert_close(inputs["feedback"].direction, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rewards_wait_for_their_warmup(tmp_path):
+    calls = []
+
+    def counted(images, prompts, metadata):
+        calls.append(len(images))
+        return redness(images, prompts, metadata)
+
+    trainer = make_trainer(tmp_path, [counted], max_steps=3, reward_warmup=2)
+    trainer.train()
+    assert calls == [8]
+
+
+def test_rewards_from_the_config(tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_this_test.py").write_text(
+        "def darkness(images, prompts, metadata):\n    return -images.mean((1, 2, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = make_config(tmp_path, reward_funcs=["rewards_of_this_test:darkness", "jpeg_compressibility", redness])
+    trainer = make_trainer(tmp_path, lambda images, prompts, metadata: [0.0] * len(images), config=config)
+    trainer.train()
+    assert trainer.rewards.names == ["<lambda>", "darkness", "jpeg_compressibility", "redness"]
+    trainer.save_model()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["settings"]["reward_funcs"] == trainer.rewards.names
+    assert json.loads(config.to_json_string())["reward_funcs"][2] == "redness"
+
+
+@pytest.mark.parametrize("mixing", ["sum", "adaptive"])
+def test_a_constant_reward_has_no_effect(tmp_path, mixing):
+    def constant(images, prompts, metadata):
+        return [0.5] * len(images)
+
+    trainer = make_trainer(tmp_path, [constant], reward_mixing=mixing)
+    feedback = trainer._prepare_inputs([{"prompt": "a"}] * 8)["feedback"]
+    assert (feedback.advantage == 0).all() and feedback.direction.abs().sum() > 0
+    trainer.train()
+    assert logs_of(trainer)["frac_reward_zero_std"] == 1.0
+
+
 def test_a_reward_is_maximised(tmp_path):
     """A black-box reward alone (no distribution matching): its mean on new noise rises."""
     trainer = make_trainer(
@@ -394,6 +503,10 @@ def test_a_reward_is_maximised(tmp_path):
         (dict(num_generations=1), "`dm_normalization='group'` needs `num_generations` of at least 2"),
         (dict(num_generations=3), r"`per_device_train_batch_size` \(8\) must be divisible by `num_generations` \(3\)"),
         (dict(dm_normalization="mean"), "`dm_normalization` is 'mean', but must be one of group, sample, batch, none"),
+        (dict(reward_mixing="product"), "`reward_mixing` is 'product', but must be one of sum, adaptive, constrained"),
+        (dict(reward_mixing="constrained"), "`target_dm` is the budget of `reward_mixing='constrained'`"),
+        (dict(target_dm=0.1), "`target_dm` is the budget of `reward_mixing='constrained'`"),
+        (dict(reward_mixing="constrained", target_dm=0.0), "`target_dm` is 0.0, but must be positive"),
         (dict(dm_timestep_sampling="x"), "`dm_timestep_sampling` is 'x', but must be one of"),
         (dict(dm_timestep_range=[0.9, 0.1]), "must be two rising fractions"),
         (dict(dm_timestep_range=[0.1]), "must be two rising fractions"),

@@ -43,7 +43,7 @@ DEMO_PROMPT_CLASS = {prompt: i // len(PHRASINGS) for i, prompt in enumerate(DEMO
 
 
 def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """Loads the embedded teacher from the package; no network. Images are 32x32 RGB, latents 4x8x8."""
+    """Loads the embedded teacher from the package; no network. Images are 32x32 RGB, latents 16x8x8."""
     return StableDiffusionPipeline.from_pretrained(DEMO_PIPELINE, dtype=dtype, local_files_only=True)
 
 

@@ -1,52 +1,205 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""How a reward function is called and what it may return."""
+"""Rewards: how they are named, called, and what they may return."""
 
+import asyncio
+import importlib
 import inspect
 import math
+import os
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from .._trl import get_callable_name
+from .._trl import get_callable_name, is_async_callable
+from . import builtin
 
 
-def call_reward(
-    reward_function: Callable, images: torch.Tensor, prompts: list[str], metadata: list[Any]
-) -> tuple[torch.Tensor, Any]:
+RewardFunction = Callable[..., Any]
+
+
+def resolve_reward(reward: str | RewardFunction) -> RewardFunction:
     """
-    Calls a reward function and checks its answer.
+    The function behind a reward's name.
 
     Args:
-        reward_function (`Callable`):
-            DDPO's style, `f(images, prompts, metadata)`, or GRPO's, any function that takes `**kwargs`:
-            `f(images=..., prompts=..., **columns)`, where the columns come from metadata that are dictionaries. It
-            returns one number an image (list, array or tensor; `None` is "not scored"), or that and a dictionary.
-        images (B, 3, H, W): in [0, 1].
-
-    Returns:
-        Rewards (B,), float32, NaN where not scored, and the function's own metadata (`{}` if it gave none).
+        reward: a callable, which is returned as it is; a built-in's name (`"clip_score"`), with a model of its kind
+            behind a colon (`"clip_score:google/siglip-base-patch16-224"`); or a dotted path, `"my_rewards:redness"` or
+            `"my_rewards.redness"`, importable from the working directory. Such a path runs the module's code.
 
     Raises:
-        ValueError: wrong length, or a value that is not a finite number; the message names the function and prompt.
+        ValueError: neither, or the module has no such function.
     """
-    name = get_callable_name(reward_function)
+    if callable(reward):
+        return reward
+    if not isinstance(reward, str):
+        raise ValueError(f"A reward is a function or a name, but {reward!r} is a {type(reward).__name__}.")
+    name, _, model = reward.partition(":")
+    if name in builtin.__all__:
+        function = getattr(builtin, name)
+        return function(model) if model else function()
+    module_name, separator, attribute = reward.rpartition(":" if ":" in reward else ".")
+    if not separator:
+        raise ValueError(
+            f"There is no reward {reward!r}. Built in are {', '.join(builtin.__all__)}; your own is named by its "
+            "module, as 'my_rewards:my_function'."
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"The reward {reward!r} cannot be found: {error}. It must be importable from the working directory, "
+            f"{os.getcwd()}."
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"The reward {reward!r} cannot be found: {module.__file__} has no function {attribute!r}.")
+    return function
+
+
+def is_differentiable(reward_function: RewardFunction) -> bool:
+    """Whether a reward declares, by an attribute `differentiable = True`, that images may carry a graph through it."""
+    return getattr(reward_function, "differentiable", False) is True
+
+
+def ask(reward_function: RewardFunction, images: torch.Tensor, prompts: list[str], metadata: list[Any]) -> Any:
+    """Calls a reward function in its own style; the answer of an async one is a coroutine."""
     parameters = inspect.signature(reward_function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         rows = [row if isinstance(row, dict) else {"metadata": row} for row in metadata]
         columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
-        rewards = reward_function(images=images, prompts=prompts, **columns)
-    else:
-        rewards = reward_function(images, prompts, metadata)
-    reward_metadata = {}
-    if isinstance(rewards, tuple):
-        rewards, reward_metadata = rewards
+        return reward_function(images=images, prompts=prompts, **columns)
+    return reward_function(images, prompts, metadata)
+
+
+def check_answer(name: str, answer: Any, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, Any]:
+    """
+    Rewards (B,), float32, NaN where not scored, and the function's own metadata (`{}` if it gave none).
+
+    Raises:
+        ValueError: wrong length, or a value that is not a finite number; the message names the function and prompt.
+    """
+    rewards, reward_metadata = answer if isinstance(answer, tuple) else (answer, {})
+    if isinstance(rewards, str) or not hasattr(rewards, "__len__"):
+        raise ValueError(f"Reward function {name!r} returned {rewards!r}, but must return one number an image.")
     if len(rewards) != len(images):
         raise ValueError(f"Reward function {name!r} returned {len(rewards)} rewards for {len(images)} images.")
     values = []
     for reward, prompt in zip(rewards, prompts, strict=True):
-        value = math.nan if reward is None else float(reward)
+        try:
+            value = math.nan if reward is None else float(reward)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Reward function {name!r} returned {reward!r} for the prompt {prompt!r}.") from error
         if reward is not None and not math.isfinite(value):
             raise ValueError(f"Reward function {name!r} returned {value} for the prompt {prompt!r}.")
         values.append(value)
     return torch.tensor(values, device=images.device), reward_metadata
+
+
+class Scorer:
+    """
+    Asks the black-box rewards about a batch of images: async functions concurrently, the others in turn.
+
+    Args:
+        reward_functions (`list`):
+            DDPO's style, `f(images, prompts, metadata)`, or GRPO's, any function that takes `**kwargs`:
+            `f(images=..., prompts=..., **columns)`, where the columns come from metadata that are dictionaries. They
+            return one number an image (list, array or tensor; `None` is "not scored"), or that and a dictionary.
+        timeout (`float`, *optional*): seconds that a reward may take.
+    """
+
+    def __init__(self, reward_functions: list[RewardFunction], timeout: float | None = None):
+        self.reward_functions, self.timeout = reward_functions, timeout
+        self.names = [get_callable_name(function) for function in reward_functions]
+
+    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[Any]):
+        """
+        Rewards (B, M) of images (B, 3, H, W) in [0, 1], NaN where not scored, and metadata by reward.
+
+        Raises:
+            RuntimeError: a reward raised an error.
+            TimeoutError: a reward took longer than `timeout`.
+            ValueError: a reward's answer is unusable. Each names the reward.
+        """
+        images = images.detach()
+        answers = {}
+        waiting = {}
+        for i, function in enumerate(self.reward_functions):
+            if is_async_callable(function):
+                waiting[i] = function
+            else:
+                answers[i] = self._in_time(i, lambda function=function: ask(function, images, prompts, metadata))
+
+        async def gather():
+            async def one(i, function):
+                try:
+                    return await asyncio.wait_for(ask(function, images, prompts, metadata), self.timeout)
+                except Exception as error:
+                    raise self._explained(i, error) from error
+
+            return await asyncio.gather(*[one(i, function) for i, function in waiting.items()])
+
+        if waiting:
+            # A thread of its own: the caller, a notebook for example, may already run an event loop.
+            with ThreadPoolExecutor(1) as executor:
+                answers |= dict(zip(waiting, executor.submit(lambda: asyncio.run(gather())).result(), strict=True))
+        rewards, reward_metadata = images.new_zeros((len(images), len(self.names)), dtype=torch.float32), {}
+        for i, name in enumerate(self.names):
+            rewards[:, i], reward_metadata[name] = check_answer(name, answers[i], images, prompts)
+        return rewards, reward_metadata
+
+    def _in_time(self, i: int, call: Callable):
+        try:
+            if self.timeout is None:
+                with torch.no_grad():
+                    return call()
+            executor = ThreadPoolExecutor(1)
+            try:
+                return executor.submit(torch.no_grad()(call)).result(self.timeout)
+            finally:
+                executor.shutdown(wait=False)
+        except Exception as error:
+            raise self._explained(i, error) from error
+
+    def _explained(self, i: int, error: Exception) -> Exception:
+        if isinstance(error, TimeoutError):
+            return TimeoutError(
+                f"Reward function {self.names[i]!r} took longer than `reward_timeout` ({self.timeout} s)."
+            )
+        return RuntimeError(f"Reward function {self.names[i]!r} failed: {type(error).__name__}: {error}")
+
+
+def reward_gradient(
+    reward_function: RewardFunction, decode: Callable, latents: torch.Tensor, prompts: list[str], metadata: list[Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    A differentiable reward of `decode(latents)`, and its gradient in the latents: the direct path (ReFL, arXiv
+    2304.05977, as DMDR uses it).
+
+    Returns:
+        Rewards (B,), and \\(D \nabla r\\) (B, ...) with D elements an image, the push for which the student's loss
+        is minus the mean reward.
+
+    Raises:
+        ValueError: the reward's answer has the wrong shape, is not finite or has no gradient; names the reward.
+    """
+    name = get_callable_name(reward_function)
+    with torch.enable_grad():
+        latents = latents.detach().float().requires_grad_(True)
+        answer = ask(reward_function, decode(latents), prompts, metadata)
+        rewards = answer[0] if isinstance(answer, tuple) else answer
+        if not isinstance(rewards, torch.Tensor) or not rewards.requires_grad:
+            raise ValueError(
+                f"Reward function {name!r} declares itself differentiable, but returned no tensor with a gradient."
+            )
+        check_answer(name, rewards.detach(), latents, prompts)
+        (gradient,) = torch.autograd.grad(rewards.sum(), latents)
+    finite = gradient.flatten(1).isfinite().all(1)
+    if not finite.all():
+        prompt = prompts[(~finite).nonzero()[0].item()]
+        raise ValueError(f"The gradient of reward function {name!r} is not finite for the prompt {prompt!r}.")
+    return rewards.detach().float(), gradient * gradient[0].numel()

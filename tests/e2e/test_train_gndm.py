@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer
-from rdm_trl.demo import DEMO_PROMPTS, DemoClassifier
-from rdm_trl.evaluation import feature_statistics, frechet_distance
+from rdm_trl.demo import DEMO_PROMPTS
 
 
 ROOT = Path(__file__).parents[2]
@@ -28,43 +26,43 @@ def load_example():
     return module
 
 
-def test_a_student_far_from_its_teacher_comes_back_in_seconds(tmp_path):
+def test_a_minute_of_training_brings_the_student_nearer_to_teacher_and_data(tmp_path):
     """
-    The student starts with random weights in its LoRA. Measured in coarse pixels and in the classifier's features,
-    against teacher samples of other noise: neither is what training looks at.
+    From where every run starts, with a fifth of the main job's updates; measured in the classifier's features, which
+    training does not look at, against the real test images and against the guided teacher's samples of other noise.
     """
     config = RdmDistillConfig(
         str(tmp_path),
-        max_steps=25,
-        learning_rate=3e-4,
-        fake_learning_rate=1e-3,
+        max_steps=64,
+        learning_rate=5e-4,
+        lr_scheduler_type="linear",
+        fake_learning_rate=5e-4,
         fake_updates=3,
-        sample_guidance_scale=1.25,
-        ema_decay=0.8,
+        sample_guidance_scale=1.0,
+        teacher_guidance_scale=1.75,
+        dm_timestep_sampling="stratified",
+        ema_decay=0.9,
         log_images_steps=0,
         save_strategy="no",
-        per_device_eval_batch_size=60,
+        per_device_eval_batch_size=120,
         disable_tqdm=True,
         use_cpu=True,
     )
     trainer = RdmDistillTrainer(config)
-    torch.manual_seed(0)
-    for parameter in trainer.model.adapter_parameters("student"):
-        parameter.data += 0.06 * torch.randn_like(parameter)
-    trainer.model.load_adapter("ema", trainer.model.adapter_state("student"))
-    classifier = DemoClassifier()
-    teacher = trainer.sample("teacher", DEMO_PROMPTS * 4, seed=99)
+    prompts = DEMO_PROMPTS * 8
+
+    trainer.judge("teacher", trainer.sample("teacher", prompts, seed=99), prompts)
 
     def distances():
-        student = trainer.sample("student", DEMO_PROMPTS * 4, seed=50)
-        features = [classifier(images)[0] for images in (student, teacher)]
-        coarse = [torch.nn.functional.avg_pool2d(images[:, :1], 4).flatten(1) for images in (student, teacher)]
-        return [frechet_distance(*map(feature_statistics, pair)) for pair in (features, coarse)]
+        figures = trainer.judge("student", trainer.sample("student", prompts, seed=50), prompts)
+        return figures["fid"], figures["fid_teacher"]
 
     before = distances()
     trainer.train()
-    for start, end in zip(before, distances(), strict=True):
-        assert end < 0.5 * start
+    after = distances()
+    print(before, after)
+    for start, end in zip(before, after, strict=True):
+        assert end < 0.85 * start
 
 
 def test_command_line_overrides_the_config_file(tmp_path):

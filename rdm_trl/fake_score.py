@@ -1,0 +1,60 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+
+from collections.abc import Callable, Iterable
+
+import torch
+from accelerate.utils import reduce
+from torch import nn
+
+
+class FakeScore:
+    """
+    Trains the adapter that knows the student's distribution. It has its own optimizer and schedule, and stands outside
+    DDP, which wraps the student.
+
+    Args:
+        parameters: of the adapter.
+        optimizer, scheduler: of these parameters; the schedule counts the fake score's own updates.
+        max_grad_norm (`float`, *optional*): gradients are clipped to it.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        max_grad_norm: float | None,
+    ):
+        self.parameters, self.optimizer, self.scheduler = parameters, optimizer, scheduler
+        self.max_grad_norm = max_grad_norm
+
+    def update(self, loss_fn: Callable[..., torch.Tensor], batches: Iterable[tuple]) -> torch.Tensor:
+        """
+        One update on the mean of `loss_fn(*batch)` over the batches of all processes; returns this process's mean.
+
+        Raises:
+            FloatingPointError: a loss is not finite; no weight was changed.
+        """
+        values = []
+        for batch in batches:
+            loss = loss_fn(*batch)
+            if not loss.isfinite():
+                self.optimizer.zero_grad()
+                raise FloatingPointError(f"The fake score's loss is {loss.item()}; lower `fake_learning_rate`.")
+            loss.backward()
+            values.append(loss.detach())
+        for parameter in self.parameters:
+            parameter.grad = reduce(parameter.grad / len(values), "mean")
+        if self.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return torch.stack(values).mean()
+
+    def state_dict(self) -> dict:
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])

@@ -1,0 +1,136 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, reduce
+from transformers.utils import logging
+
+from .._trl import nanstd
+from ..advantages import Feedback, Mixer, group_advantages, normalize_rewards
+from ..config import RdmDistillConfig
+from ..diffusion import NoiseProcess
+from ..policy import Rollout
+from . import RewardFunction, Scorer, is_differentiable, reward_gradient
+
+
+logger = logging.get_logger(__name__)
+
+
+def over_processes(function: Callable, values: torch.Tensor) -> torch.Tensor:
+    """`function` of the rows (B, ...) of all processes; this process's rows of its result."""
+    start = PartialState().process_index * len(values)
+    return function(gather(values))[start : start + len(values)]
+
+
+class RewardPanel:
+    """
+    All rewards of a run: black boxes, which judge final images and act by the policy gradient, and differentiable
+    ones, which judge the images of the exit step and act directly.
+
+    Args:
+        functions (`list`): the rewards.
+        config (`RdmDistillConfig`): its reward options.
+
+    Raises:
+        ValueError: the number of weights is not that of rewards, two rewards have one name, or a black box has no
+            group to compare an image with.
+    """
+
+    def __init__(self, functions: list[RewardFunction], config: RdmDistillConfig):
+        self.functions, self.config = functions, config
+        self.score = Scorer(functions, config.reward_timeout)
+        self.names = self.score.names
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"Two rewards have the same name: {', '.join(self.names)}.")
+        weights = config.reward_weights if config.reward_weights is not None else [1.0] * len(functions)
+        if len(weights) != len(functions):
+            raise ValueError(f"`reward_weights` has {len(weights)} values for {len(functions)} reward functions.")
+        self.weights = torch.tensor(weights)
+        direct = [config.reward_gradients and is_differentiable(function) for function in functions]
+        self.differentiable = [i for i, is_direct in enumerate(direct) if is_direct]
+        self.black_boxes = [i for i, is_direct in enumerate(direct) if not is_direct]
+        self.score_black_boxes = Scorer([functions[i] for i in self.black_boxes], config.reward_timeout)
+        if self.black_boxes and config.num_generations < 2:
+            raise ValueError(
+                f"The reward {self.names[self.black_boxes[0]]!r} is compared between the images of a prompt: "
+                "`num_generations` must be at least 2."
+            )
+        # The sum makes one advantage of all black boxes with GRPO's formulas, which leave it at unit spread whatever
+        # the weights: it gets their total weight back. The other mixings weigh each reward.
+        as_one = config.reward_mixing == "sum" and bool(self.black_boxes)
+        separate = self.differentiable if as_one else [*self.black_boxes, *self.differentiable]
+        self.push_names = ["black_boxes"] * as_one + [self.names[i] for i in separate]
+        self.mixer = Mixer(
+            config.reward_mixing,
+            torch.tensor([sum(abs(weights[i]) for i in self.black_boxes)] * as_one + [weights[i] for i in separate]),
+            config.dm_weight,
+            config.sample_num_steps,
+            config.target_dm,
+        )
+
+    def ask(
+        self, images: torch.Tensor | None, x0: torch.Tensor, decode: Callable, prompts: list[str], metadata: list[Any]
+    ) -> tuple[torch.Tensor, list[torch.Tensor], dict[str, Any]]:
+        """
+        Args:
+            images (B, 3, H, W): final images in [0, 1], which the black boxes see.
+            x0 (B, ...): latents of the exit steps, which the differentiable rewards see through `decode`.
+
+        Returns:
+            Rewards (B, M), NaN where not scored; the pushes that `Mixer` takes; the black boxes' metadata by name.
+        """
+        config, weights = self.config, self.weights.to(x0.device)
+        rewards = torch.full((len(prompts), len(self.functions)), torch.nan, device=x0.device)
+        pushes, reward_metadata = [], {}
+        if self.black_boxes:
+            rewards[:, self.black_boxes], reward_metadata = self.score_black_boxes(images, prompts, metadata)
+
+            def advantages(rewards):
+                if config.reward_mixing != "sum":
+                    return normalize_rewards(rewards, config.num_generations, config.scale_rewards).nan_to_num()
+                return group_advantages(
+                    rewards,
+                    weights[self.black_boxes],
+                    config.num_generations,
+                    config.scale_rewards,
+                    config.multi_objective_aggregation,
+                )[:, None]
+
+            pushes += over_processes(advantages, rewards[:, self.black_boxes]).unbind(1)
+        for i in self.differentiable:
+            rewards[:, i], push = reward_gradient(self.functions[i], decode, x0, prompts, metadata)
+            pushes.append(push)
+        return rewards, pushes, reward_metadata
+
+    def mix(self, dm: torch.Tensor, pushes: list, rollout: Rollout, process: NoiseProcess, dm_reward) -> Feedback:
+        """Distribution matching's direction `dm` (B, ...) and the rewards' pushes as one feedback; see `Mixer`."""
+        scale = rollout.transition_scale(process)
+        return self.mixer(dm, pushes, scale, rollout.exit_steps, dm_reward, lambda sums: reduce(sums, "sum"))
+
+    def figures(self, rewards: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is logged of the rewards (B, M) of all processes and of their mixing; warns where one says nothing."""
+        figures, zero_std = {}, []
+        for i, name in enumerate(self.names):
+            figures[f"rewards/{name}/mean"] = rewards[:, i].nanmean()
+            figures[f"rewards/{name}/std"] = nanstd(rewards[:, i])
+            if i in self.black_boxes:
+                spread = nanstd(rewards[:, i].view(-1, self.config.num_generations), dim=1).nan_to_num()
+                zero_std.append((spread < 1e-8).float().mean())
+                if zero_std[-1] == 1:
+                    logger.warning_once(
+                        f"The reward {name!r} does not tell the images of a prompt apart: where that is so, it has no "
+                        "effect."
+                    )
+        if zero_std:
+            figures["frac_reward_zero_std"] = torch.stack(zero_std).mean()
+        total = (rewards * self.weights.to(rewards)).nansum(1)
+        figures["reward"] = total.mean()
+        if self.config.num_generations > 1:
+            figures["reward_std"] = total.view(-1, self.config.num_generations).std(1).mean()
+        factors = self.mixer.factors().mean(1)
+        figures |= {"dm/multiplier": factors[0], "dm/kl": self.mixer.kl}
+        figures |= {f"reward_weight/{name}": w for name, w in zip(self.push_names, factors[1:], strict=True)}
+        return figures
