@@ -13,10 +13,12 @@ accelerate launch examples/train_gndm.py \
     --sample_guidance_scale 4 --learning_rate 5e-5 --bf16 --output_dir sd15-4-step --push_to_hub
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers.trainer_utils import get_last_checkpoint
@@ -81,6 +83,8 @@ def main(argv: list[str]):
     resume = config.resume_from_checkpoint
     if resume in ("True", "true"):
         resume = get_last_checkpoint(config.output_dir)
+    if config.device.type == "cpu" and config.world_size == 1:
+        torch.set_num_threads(os.cpu_count())  # `accelerate launch` gives a process one thread
     trainer.train(resume_from_checkpoint=resume)
     trainer.evaluate()
     trainer.save_model()

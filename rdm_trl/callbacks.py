@@ -1,11 +1,15 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""What happens beside the updates: the student's average, sample grids, and DDPO's image tracker."""
+"""What happens beside the updates: the student's average, warnings, sample grids, and DDPO's image tracker."""
 
 from pathlib import Path
 
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 from transformers import TrainerCallback
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 class EmaCallback(TrainerCallback):
@@ -13,6 +17,31 @@ class EmaCallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model, **kwargs):
         model.update_ema(args.ema_decay)
+
+
+class DriftWarningCallback(TrainerCallback):
+    """
+    Warns, once for each figure, when the student's images leave the range they began in: collapse and reward hacking
+    show there before anyone looks at a picture.
+    """
+
+    # Relative to the run's first logged value.
+    RANGES = {"x0/std": (0.67, 1.5), "x0/diversity": (0.5, 2.0), "x0/saturation": (0.5, 2.0)}
+
+    def __init__(self):
+        self.warned = set()
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        for name, (low, high) in self.RANGES.items():
+            first = next((row[name] for row in state.log_history if row.get(name)), None)
+            if first is None or name not in logs or name in self.warned or low <= logs[name] / first <= high:
+                continue
+            self.warned.add(name)
+            logger.warning(
+                f"{name} is {logs[name]:.3g} at step {state.global_step}, {logs[name] / first:.2f} times its first "
+                f"value ({first:.3g}). Look at the samples: lower the rewards' weights or `learning_rate`, or use "
+                "`reward_mixing='constrained'`."
+            )
 
 
 class SampleGridCallback(TrainerCallback):

@@ -32,6 +32,15 @@ class Probe:
     scale: torch.Tensor
     reward: torch.Tensor
 
+    def figures(self) -> dict[str, torch.Tensor]:
+        """What is logged of it."""
+        return {
+            "rewards/distribution_matching/mean": self.reward.mean(),
+            "rewards/distribution_matching/std": self.reward.std(),
+            "dm/scale": self.scale.mean(),
+            "dm/direction": self.direction.abs().mean(),
+        }
+
 
 def draw_fractions(num_groups: int, num_generations: int, sampling: str, low, high):
     """

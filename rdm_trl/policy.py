@@ -43,6 +43,13 @@ class Rollout:
     def exit_timesteps(self) -> torch.Tensor:
         return self.timesteps[self.exit_steps]
 
+    def figures(self, num_generations: int) -> dict[str, torch.Tensor]:
+        """What is logged of the exit steps' images: mean, spread, and the spread between images of one prompt."""
+        figures = {"x0/mean": self.x0.mean(), "x0/std": self.x0.std()}
+        if num_generations > 1:
+            figures["x0/diversity"] = self.x0.view(-1, num_generations, self.x0[0].numel()).std(1).mean()
+        return figures
+
     def transition_scale(self, process: NoiseProcess) -> torch.Tensor:
         """`a / b` (B,) of the transition behind the exit step; 0 behind the last step, which is deterministic."""
         a, b = process.coefficients(self.timesteps, self.timesteps)

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, get_scheduler
 from . import evaluation, losses, matching, policy
 from ._trl import RepeatSampler
 from .advantages import Feedback, normalize_rewards
-from .callbacks import EmaCallback, ImageTracker, SampleGridCallback
+from .callbacks import DriftWarningCallback, EmaCallback, ImageTracker, SampleGridCallback
 from .config import RdmDistillConfig
 from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
 from .diffusion import NoiseProcess, make_student_scheduler
@@ -137,7 +137,7 @@ class RdmDistillTrainer(Trainer):
             data_collator=list,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[EmaCallback(), SampleGridCallback(self), *(callbacks or [])],
+            callbacks=[EmaCallback(), DriftWarningCallback(), SampleGridCallback(self), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False  # `Roles.forward` takes any keyword, but no token count
@@ -192,12 +192,7 @@ class RdmDistillTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             gradients = [p.grad for p in self.model.adapter_parameters("student") if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            if not norm.isfinite():
-                raise FloatingPointError(
-                    f"The student's gradient is {norm.item()} at step {self.state.global_step}; no weight was "
-                    "changed. Lower `learning_rate` or `sample_guidance_scale`, or train in full precision."
-                )
+            self._check_finite("student's gradient", torch.nn.utils.get_total_norm(gradients)[None])
             self.update_fake()
         seconds = time.perf_counter() - start
         self.cost["seconds"] += seconds
@@ -218,34 +213,15 @@ class RdmDistillTrainer(Trainer):
             shows = self.image_samples_callback is not None and logs_now
             complete = shows or (rewarded and bool(self.rewards.black_boxes))
             rollout = self._rollout(condition, exit_steps.to(device), complete)
-            low, high = args.dm_timestep_range
             seen = torch.zeros(len(exit_steps))
             if args.dm_subintervals:
                 seen = policy.seen_noise(exit_steps, self.student_timesteps.cpu(), self.process.num_train_timesteps)
+            low, high = args.dm_timestep_range
             fractions = matching.draw_fractions(
                 num_groups, args.num_generations, args.dm_timestep_sampling, seen.clamp(min=low), high
             )
-            noise = torch.randn_like(rollout.x0)
             timesteps = self.process.timesteps_at(fractions).to(device)
-            probe = matching.probe(
-                lambda x_t, t: self.predict_teacher(x_t, t, condition),
-                lambda x_t, t: self.predict_x0(self.model, "fake", x_t, t, condition),
-                self.process,
-                rollout.x0,
-                noise,
-                timesteps,
-            )
-        self._check_finite("R_dm", probe.direction.flatten(1).abs().sum(1), prompts)
-        if args.dm_estimator == "policy_gradient":
-            advantage = over_processes(
-                lambda rewards: normalize_rewards(rewards, args.num_generations, args.scale_rewards),
-                probe.reward[:, None],
-            )
-            dm = policy.score_direction(advantage.squeeze(1), noise, timesteps, self.process)
-        else:
-            if args.dm_normalization == "batch":
-                probe.scale = gather(probe.scale).mean().expand_as(probe.scale)
-            dm = matching.normalize(probe, args.dm_normalization, args.num_generations)
+            dm, probe = self._match(rollout.x0, timesteps, condition, prompts)
 
         feedback = Feedback(args.dm_weight * dm, torch.zeros(len(dm), device=device))
         images, rewards, reward_metadata = None, dm.new_full((len(dm), len(self.rewards.functions)), torch.nan), {}
@@ -266,22 +242,32 @@ class RdmDistillTrainer(Trainer):
                 [[images, prompts, metadata, shown, reward_metadata]], self.state.global_step, ImageTracker(self)
             )
         self._fake_batches.append((rollout.x0, condition, seen))
-        self._record("rewards/distribution_matching/mean", probe.reward.mean())
-        self._record("rewards/distribution_matching/std", probe.reward.std())
-        self._record("dm/scale", probe.scale.mean())
-        self._record("dm/direction", probe.direction.abs().mean())
-        self._record("x0/mean", rollout.x0.mean())
-        self._record("x0/std", rollout.x0.std())
-        if args.num_generations > 1:
-            groups = rollout.x0.view(num_groups, args.num_generations, -1)
-            self._record("x0/diversity", groups.std(1).mean())
-        return {
-            "prompts": prompts,
-            "condition": condition,
-            "rollout": rollout,
-            "timesteps": timesteps,
-            "feedback": feedback,
-        }
+        for name, value in {**probe.figures(), **rollout.figures(args.num_generations)}.items():
+            self._record(name, value)
+        return dict(prompts=prompts, condition=condition, rollout=rollout, timesteps=timesteps, feedback=feedback)
+
+    def _match(self, x0, timesteps, condition, prompts: list[str]) -> tuple[torch.Tensor, matching.Probe]:
+        """Distribution matching's normalised push on `x0` (B, ...), and the probe that it comes from."""
+        args, noise = self.args, torch.randn_like(x0)
+        probe = matching.probe(
+            lambda x_t, t: self.predict_teacher(x_t, t, condition),
+            lambda x_t, t: self.predict_x0(self.model, "fake", x_t, t, condition),
+            self.process,
+            x0,
+            noise,
+            timesteps,
+        )
+        self._check_finite("R_dm", probe.direction.flatten(1).abs().sum(1), prompts)
+        if args.dm_estimator == "policy_gradient":
+
+            def advantages(rewards):
+                return normalize_rewards(rewards, args.num_generations, args.scale_rewards)
+
+            advantage = over_processes(advantages, probe.reward[:, None]).squeeze(1)
+            return policy.score_direction(advantage, noise, timesteps, self.process), probe
+        if args.dm_normalization == "batch":
+            probe.scale = gather(probe.scale).mean().expand_as(probe.scale)
+        return matching.normalize(probe, args.dm_normalization, args.num_generations), probe
 
     def _rollout(self, condition: dict[str, torch.Tensor], exit_steps: torch.Tensor, complete: bool):
         shape = (len(exit_steps), self.args.sample_num_steps, *self.family.latent_shape)
@@ -492,8 +478,7 @@ class RdmDistillTrainer(Trainer):
         results = {}
         for who, prefix in (("student", ""), ("base", "base_"), ("teacher", "teacher_")):
             figures = {**self.metrics[who], **self.metrics[who]["rewards"]}
-            figures.pop("rewards")
-            results |= {f"{metric_key_prefix}_{prefix}{name}": value for name, value in figures.items()}
+            results |= {f"{metric_key_prefix}_{prefix}{name}": v for name, v in figures.items() if name != "rewards"}
         self.log(dict(results))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
@@ -523,13 +508,13 @@ class RdmDistillTrainer(Trainer):
             self._records.clear()
         super().log(logs, start_time)
 
-    def _check_finite(self, name: str, values: torch.Tensor, prompts: list[str]):
-        finite = values.isfinite()
-        if not finite.all():
-            prompt = prompts[(~finite).nonzero()[0].item()]
+    def _check_finite(self, name: str, values: torch.Tensor, prompts: list[str] | None = None):
+        bad = (~values.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            where = f" for the prompt {prompts[bad[0]]!r}" if prompts is not None else ""
             raise FloatingPointError(
-                f"The {name} is not finite for the prompt {prompt!r} at step {self.state.global_step}; no weight was "
-                "changed. Lower `learning_rate` or `sample_guidance_scale`, or train in full precision."
+                f"The {name} is not finite{where} at step {self.state.global_step}; no weight was changed. Lower "
+                "`learning_rate` or `sample_guidance_scale`, or train in full precision."
             )
 
     # ------------------------------------------------------------------------------------------- checkpoints and cards
@@ -576,9 +561,10 @@ class RdmDistillTrainer(Trainer):
         """Writes `README.md` of the output folder, for the repository that `push_to_hub` uploads to."""
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
-            tags = [tags] if isinstance(tags, str) else tags
             repo = self.hub_model_id or str(folder.absolute())
-            self._write_card(folder, model_name or folder.absolute().name, repo, tags)
+            self._write_card(
+                folder, model_name or folder.absolute().name, repo, [tags] if isinstance(tags, str) else tags
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)

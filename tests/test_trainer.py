@@ -7,9 +7,9 @@ from conftest import make_tiny_pipeline
 from datasets import Dataset
 from diffusers import DiffusionPipeline, LCMScheduler, VQDiffusionScheduler
 from peft import LoraConfig
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
+from transformers import TrainerState, ViTConfig, ViTImageProcessor, ViTModel
 
-from rdm_trl import RdmDistillConfig, RdmDistillTrainer, matching, policy
+from rdm_trl import RdmDistillConfig, RdmDistillTrainer, callbacks, matching, policy
 from rdm_trl.diffusion import NoiseProcess
 
 
@@ -472,6 +472,20 @@ def test_a_constant_reward_has_no_effect(tmp_path, mixing):
     assert (feedback.advantage == 0).all() and feedback.direction.abs().sum() > 0
     trainer.train()
     assert logs_of(trainer)["frac_reward_zero_std"] == 1.0
+
+
+def test_a_warning_says_which_figure_left_its_range(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(callbacks.logger, "warning", warnings.append)
+    callback, state = callbacks.DriftWarningCallback(), TrainerState(global_step=40)
+    for diversity in (0.5, 0.6, 0.26, 0.2, 0.1):
+        logs = {"x0/diversity": diversity, "x0/std": 1.0}
+        state.log_history.append(logs)
+        callback.on_log(None, state, None, logs)
+    assert len(warnings) == 1  # once, and the spread did not move
+    assert warnings[0].startswith(
+        "x0/diversity is 0.2 at step 40, 0.40 times its first value (0.5). Look at the samples"
+    )
 
 
 def test_a_reward_is_maximised(tmp_path):

@@ -28,7 +28,7 @@ def load_example():
 
 def test_a_minute_of_training_brings_the_student_nearer_to_teacher_and_data(tmp_path):
     """
-    From where every run starts, with a fifth of the main job's updates; measured in the classifier's features, which
+    From where every run starts, with a sixth of the main job's updates; measured in the classifier's features, which
     training does not look at, against the real test images and against the guided teacher's samples of other noise.
     """
     config = RdmDistillConfig(
