@@ -123,6 +123,10 @@ def model_card(
         base (`str`, *optional*): path or Hub id of the base pipeline; `None` for the embedded one.
         scheduler: the student's, with its timesteps set.
     """
+    method = METHODS[settings["dm_normalization"]]
+    if settings["reward_funcs"]:
+        names = ", ".join(f"`{reward}`" for reward in settings["reward_funcs"])
+        method += f"; with the rewards {names} (`reward_mixing={settings['reward_mixing']!r}`)"
     return ModelCard.from_template(
         ModelCardData(
             base_model=base,
@@ -140,7 +144,7 @@ def model_card(
         timesteps=scheduler.timesteps.tolist(),
         num_steps=settings["sample_num_steps"],
         prompt=repr(prompt),
-        method=METHODS[settings["dm_normalization"]],
+        method=method,
         settings=settings,
         table=figures_table(metrics) if "student" in metrics else "",
         figures_note=metrics.get("note", ""),

@@ -459,6 +459,11 @@ def test_rewards_from_the_config(tmp_path, monkeypatch):
     trainer.save_model()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["settings"]["reward_funcs"] == trainer.rewards.names
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert (
+        "with the rewards `<lambda>`, `darkness`, `jpeg_compressibility`, `redness` (`reward_mixing='adaptive'`)"
+        in card
+    )
     assert json.loads(config.to_json_string())["reward_funcs"][2] == "redness"
 
 
