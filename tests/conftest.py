@@ -1,30 +1,35 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 import pytest
 import torch
+from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from rdm_trl import RdmDistillConfig, RdmDistillTrainer
 from rdm_trl.demo import DEMO_PIPELINE
+
+
+def make_text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        projection_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def make_tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
     """A random Stable Diffusion pipeline with 4x4 latents and 8x8 images."""
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(DEMO_PIPELINE, subfolder="tokenizer")
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            projection_dim=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    text_encoder = CLIPTextModel(make_text_config(tokenizer))
     unet = UNet2DConditionModel(
         sample_size=4,
         in_channels=4,
@@ -64,6 +69,47 @@ def make_tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> Stabl
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+PROMPTS = ["a photo of a bag", "a dress", "a coat"]
+
+
+def redness(images, prompts, metadata):
+    return images[:, 0].mean(dim=(1, 2))
+
+
+def make_config(tmp_path, **options) -> RdmDistillConfig:
+    defaults = dict(
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        per_device_train_batch_size=8,
+        num_eval_images=8,
+        num_log_images=2,
+        teacher_num_steps=3,
+        log_images_steps=0,
+        logging_steps=1,
+        learning_rate=1e-3,
+        fake_learning_rate=1e-3,
+        fake_updates=2,
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    return RdmDistillConfig(**{**defaults, **options})
+
+
+def make_trainer(tmp_path, *args, pipeline=None, prompts=PROMPTS, peft_config=None, config=None, **options):
+    return RdmDistillTrainer(
+        config or make_config(tmp_path, **options),
+        *args,
+        sd_pipeline=pipeline or make_tiny_pipeline(),
+        train_dataset=Dataset.from_dict({"prompt": prompts}) if prompts else None,
+        peft_config=peft_config or LoraConfig(r=2),
+    )
+
+
+def logs_of(trainer) -> dict:
+    return {key: value for row in trainer.state.log_history for key, value in row.items()}
 
 
 @pytest.fixture

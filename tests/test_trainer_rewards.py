@@ -1,0 +1,145 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""Rewards in training: that they act under every mixing, and what is said when they do not."""
+
+import json
+
+import pytest
+import torch
+from conftest import logs_of, make_config, make_trainer, redness
+from transformers import TrainerState
+
+from rdm_trl import callbacks, matching
+
+
+@pytest.mark.parametrize("mixing", ["sum", "adaptive", "constrained"])
+@pytest.mark.parametrize("direct", [False, True])
+def test_every_kind_of_reward_works_with_every_mixing(tmp_path, mixing, direct):
+    """A reward's mean on the same new noise ends higher than with a weight of zero."""
+
+    def reddish(images, prompts, metadata):
+        return redness(images, prompts, metadata)
+
+    reddish.differentiable = direct
+    ends = []
+    for weight in (10.0, 0.0):
+        trainer = make_trainer(
+            tmp_path,
+            [reddish],
+            reward_mixing=mixing,
+            target_dm=10.0 if mixing == "constrained" else None,
+            reward_weights=[weight],
+            max_steps=30,
+            per_device_train_batch_size=32,
+            num_generations=16,
+            learning_rate=5e-3,
+            fake_updates=1,
+            num_eval_images=128,
+            ema_decay=0.5,
+            epsilon=0.2,
+        )
+        trainer.train()
+        ends.append(trainer.evaluate()["eval_reddish"])
+    print("ends", mixing, direct, ends)
+    assert ends[0] > ends[1] + 0.005
+    logs = logs_of(trainer)
+    name = "black_boxes" if mixing == "sum" and not direct else "reddish"
+    for key in ("dm/kl", "dm/multiplier", f"reward_weight/{name}", "rewards/reddish/mean", "x0/diversity"):
+        assert key in logs, key
+    assert ("frac_reward_zero_std" in logs) == (not direct)
+
+
+def test_r_dm_as_a_scalar_reward_goes_through_the_group_advantage(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, dm_estimator="policy_gradient", dm_normalization="none")
+    seen = {}
+    probe = matching.probe
+
+    def spy(*args):
+        seen.update(noise=args[4], t=args[5], probe=probe(*args))
+        return seen["probe"]
+
+    monkeypatch.setattr(matching, "probe", spy)
+    inputs = trainer._prepare_inputs([{"prompt": "a"}] * 8)
+    groups = seen["probe"].reward.view(2, 4)
+    advantage = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    alphas = trainer.sd_pipeline.scheduler.alphas_cumprod[seen["t"]]
+    ratio = (alphas / (1 - alphas)).sqrt()
+    expected = (advantage.flatten() * ratio).view(-1, 1, 1, 1) * seen["noise"]
+    torch.testing.assert_close(inputs["feedback"].direction, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rewards_wait_for_their_warmup(tmp_path):
+    calls = []
+
+    def counted(images, prompts, metadata):
+        calls.append(len(images))
+        return redness(images, prompts, metadata)
+
+    trainer = make_trainer(tmp_path, [counted], max_steps=3, reward_warmup=2)
+    trainer.train()
+    assert calls == [8]
+
+
+def test_rewards_from_the_config(tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_this_test.py").write_text(
+        "def darkness(images, prompts, metadata):\n    return -images.mean((1, 2, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = make_config(tmp_path, reward_funcs=["rewards_of_this_test:darkness", "jpeg_compressibility", redness])
+    trainer = make_trainer(tmp_path, lambda images, prompts, metadata: [0.0] * len(images), config=config)
+    trainer.train()
+    assert trainer.rewards.names == ["<lambda>", "darkness", "jpeg_compressibility", "redness"]
+    trainer.save_model()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["settings"]["reward_funcs"] == trainer.rewards.names
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert (
+        "with the rewards `<lambda>`, `darkness`, `jpeg_compressibility`, `redness` (`reward_mixing='adaptive'`)"
+        in card
+    )
+    assert json.loads(config.to_json_string())["reward_funcs"][2] == "redness"
+
+
+@pytest.mark.parametrize("mixing", ["sum", "adaptive"])
+def test_a_constant_reward_has_no_effect(tmp_path, mixing):
+    def constant(images, prompts, metadata):
+        return [0.5] * len(images)
+
+    trainer = make_trainer(tmp_path, [constant], reward_mixing=mixing)
+    feedback = trainer._prepare_inputs([{"prompt": "a"}] * 8)["feedback"]
+    assert (feedback.advantage == 0).all() and feedback.direction.abs().sum() > 0
+    trainer.train()
+    assert logs_of(trainer)["frac_reward_zero_std"] == 1.0
+
+
+def test_a_warning_says_which_figure_left_its_range(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(callbacks.logger, "warning", warnings.append)
+    callback, state = callbacks.DriftWarningCallback(), TrainerState(global_step=40)
+    for diversity in (0.5, 0.6, 0.26, 0.2, 0.1):
+        logs = {"x0/diversity": diversity, "x0/std": 1.0}
+        state.log_history.append(logs)
+        callback.on_log(None, state, None, logs)
+    assert len(warnings) == 1  # once, and the spread did not move
+    assert warnings[0].startswith(
+        "x0/diversity is 0.2 at step 40, 0.40 times its first value (0.5). Look at the samples"
+    )
+
+
+def test_a_reward_is_maximised(tmp_path):
+    """A black-box reward alone (no distribution matching): its mean on new noise rises."""
+    trainer = make_trainer(
+        tmp_path,
+        [redness],
+        dm_weight=0.0,
+        max_steps=30,
+        per_device_train_batch_size=32,
+        num_generations=16,
+        learning_rate=5e-3,
+        fake_updates=1,
+        num_eval_images=64,
+        ema_decay=0.5,
+        epsilon=0.2,
+    )
+    before = trainer.evaluate()["eval_redness"]
+    trainer.train()
+    assert trainer.evaluate()["eval_redness"] > before + 0.01
