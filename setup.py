@@ -4,8 +4,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
+OCR = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3.9"]
 EXTRAS = {
-    "test": ["pytest>=8", "scipy>=1.11"],
+    "test": ["pytest>=8", "scipy>=1.11", *OCR],
+    "ocr": OCR,
     "eval": ["matplotlib>=3.8"],
     "docs": ["mkdocs>=1.6"],
 }

@@ -4,26 +4,34 @@
 # ///
 """
 Compares methods on the embedded teacher over paired seeds: the same prompts, noise and number of updates, one option
-apart. Results go to `results.json` as they come (a second call goes on where the first stopped), then to a table with
-means, spreads and bootstrap intervals of the paired differences, and to a picture.
+apart. Every run is kept in a file (a second call goes on where the first stopped); all end in `results.json`, a table
+with means, spreads and bootstrap intervals of the paired differences, and pictures.
+
+A method with rewards names them with their weights, `gndmr+classifier@0.3`; "constrained" also its budget,
+`constrained=0.02+classifier@1`. Such runs start from the checkpoint that the plain method (dmd or gndm) left after
+`reward_warmup` updates, which is what they would have reached themselves.
 
 python examples/compare_methods.py --methods dmd gndm --seeds 100 101 102 103 104
+python examples/compare_methods.py --methods dmd gndm dmdr+classifier@0.02 gndmr+classifier@0.3 --set reward_warmup=100
 """
 
 import argparse
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer, evaluation
 from rdm_trl.demo import DEMO_PROMPTS, load_demo_judge
+from rdm_trl.rewards import Scorer, resolve_reward
 
 
 METHODS = {
@@ -31,7 +39,12 @@ METHODS = {
     "gndm": {"dm_normalization": "group"},
     "batch": {"dm_normalization": "batch"},
     "none": {"dm_normalization": "none"},
+    "dmdr": {"dm_normalization": "sample", "reward_mixing": "sum"},
+    "gndmr": {"dm_normalization": "group", "reward_mixing": "adaptive"},
+    "constrained": {"dm_normalization": "group", "reward_mixing": "constrained"},
 }
+# Distribution matching alone, from which a method with rewards sets out.
+PLAIN = {"dmdr": "dmd", "gndmr": "gndm", "constrained": "gndm"}
 FIGURES = ("fid", "fid_teacher", "class_accuracy", "diversity")
 # The figures of all runs are taken on these images, whatever the seed of training.
 EVAL_SEED = 1_000_000
@@ -39,38 +52,63 @@ EVAL_SEED = 1_000_000
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["dmd", "gndm"])
+    parser.add_argument("--methods", nargs="+", default=["dmd", "gndm"], metavar="METHOD[+REWARD@WEIGHT...]")
     parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101, 102, 103, 104])
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "gndm.yaml")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=YAML", help="such as learning_rate=2.0e-4")
     parser.add_argument("--eval_steps", type=int, default=50, help="updates between two points of a curve")
     parser.add_argument("--num_images", type=int, default=2400)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    for method in args.methods:
+        try:
+            options_of(method)
+        except (KeyError, ValueError):
+            parser.error(f"{method!r} is not METHOD[+REWARD@WEIGHT...] with one of {', '.join(METHODS)}.")
+    return args
+
+
+def options_of(method: str) -> dict:
+    """The options that `gndmr+classifier@0.3` stands for."""
+    name, *rewards = method.split("+")
+    name, _, budget = name.partition("=")
+    options = dict(METHODS[name])
+    if rewards:
+        pairs = [reward.rsplit("@", 1) for reward in rewards]
+        options |= {"reward_funcs": [f for f, _ in pairs], "reward_weights": [float(w) for _, w in pairs]}
+    if (name in PLAIN) != bool(rewards):
+        raise ValueError(method)
+    return options | ({"target_dm": float(budget)} if budget else {})
+
+
+def plain(method: str) -> str:
+    return PLAIN.get(re.split("[+=]", method)[0], method)
 
 
 class CurveCallback(TrainerCallback):
-    """Measures the student every so many updates and after the last."""
+    """Measures the student every so many updates and after the last, and keeps a checkpoint of the warm-up's end."""
 
     def __init__(self, measure, every: int):
         self.measure, self.every, self.trainer, self.curve = measure, every, None, []
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self.curve.append({"step": state.global_step, **self.measure(self.trainer, "student")})
+            mixer = self.trainer.rewards.mixer
+            mixing = {"kl": mixer.kl, "weights": mixer.factors().mean(1).tolist()}
+            self.curve.append({"step": state.global_step, **self.measure(self.trainer, "student"), **mixing})
+        control.should_save = state.global_step == args.reward_warmup
 
 
-def run(measure, constant: dict, options: dict, args) -> dict:
-    """One training run: its curve, and the figures of teacher and base, measured once for all runs."""
-    folder = args.output_dir / "run"
-    curve = CurveCallback(measure, args.eval_steps)
+def run(measure, options: dict, checkpoint: Path | None, folder: Path, eval_steps: int) -> dict:
+    """One training run in `folder`, from `checkpoint`: its curve, the figures of teacher and base, and its cost."""
+    curve = CurveCallback(measure, eval_steps)
     fixed = {"output_dir": str(folder), "log_images_steps": 0, "save_strategy": "no", "logging_strategy": "no"}
     curve.trainer = trainer = RdmDistillTrainer(RdmDistillConfig(**{**options, **fixed}), callbacks=[curve])
-    for who in ("teacher", "base"):
-        if who not in constant:
-            constant[who] = measure(trainer, who)
-    trainer.train()
-    shutil.rmtree(folder, ignore_errors=True)
+    constant = {who: measure(trainer, who) for who in ("teacher", "base")}
+    if checkpoint is not None:
+        # The plain run had no rewards to mix: the mixing starts as it would have started here.
+        save_file(trainer.rewards.mixer.state, checkpoint / "mixer.safetensors")
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return {"curve": curve.curve, **constant, "cost": trainer.cost}
 
 
@@ -80,30 +118,85 @@ def interval(differences: np.ndarray) -> tuple[float, float]:
     return tuple(np.quantile(draws, (0.025, 0.975)))
 
 
-def table(results: dict, methods: list[str], seeds: list[int]) -> str:
-    def last(method, name):
-        return np.array([results[f"{method}-{seed}"]["curve"][-1][name] for seed in seeds])
+def last(results: dict, method: str, seeds: list[int], name: str) -> np.ndarray:
+    """A figure at the end of training, for each seed."""
+    return np.array([results[f"{method}-{seed}"]["curve"][-1][name] for seed in seeds])
 
+
+def table(results: dict, methods: list[str], seeds: list[int], names: list[str]) -> str:
     first = results[f"{methods[0]}-{seeds[0]}"]
-    header = ["", *FIGURES, "worst fid_teacher"]
+    header = ["", *names, "worst fid_teacher"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for who in ("teacher", "base"):
-        cells = [f"{first[who][name]:.3f}" if name in first[who] else "" for name in FIGURES]
+        cells = [f"{first[who][name]:.3f}" if name in first[who] else "" for name in names]
         lines.append(f"| {who} | " + " | ".join(cells) + " | |")
     for method in methods:
-        cells = [f"{last(method, name).mean():.3f} ± {last(method, name).std(ddof=1):.3f}" for name in FIGURES]
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {last(method, 'fid_teacher').max():.3f} |")
+        values = [last(results, method, seeds, name) for name in names]
+        cells = [f"{v.mean():.3f}" + (f" ± {v.std(ddof=1):.3f}" if len(v) > 1 else "") for v in values]
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {values[names.index('fid_teacher')].max():.3f} |")
     for method in methods[1:]:
+        if plain(method) != method:
+            continue
         cells = []
-        for name in FIGURES:
-            difference = last(method, name) - last(methods[0], name)
+        for name in names:
+            difference = last(results, method, seeds, name) - last(results, methods[0], seeds, name)
             low, high = interval(difference)
             cells.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
         lines.append(f"| {method} − {methods[0]}, 95 % | " + " | ".join(cells) + " | |")
     return "\n".join(lines)
 
 
-def plot(results: dict, methods: list[str], seeds: list[int], path: Path):
+def by_reward(methods: list[str]) -> dict[str, dict[str, list[str]]]:
+    """For each reward that methods have alone, and each kind of method, these methods from small to large weight."""
+    found = {}
+    for method in methods:
+        kind, *rewards = method.split("+")
+        if len(rewards) == 1:
+            found.setdefault(rewards[0].rsplit("@", 1)[0], {}).setdefault(kind.split("=")[0], []).append(method)
+    for kinds in found.values():
+        for chosen in kinds.values():
+            chosen.sort(key=lambda method: float(method.rsplit("@", 1)[1]))
+    return found
+
+
+def matched(results: dict, methods: list[str], seeds: list[int]) -> str:
+    """How far GNDMR is from the teacher at the reward that each DMDR run reaches, between its weights linearly."""
+    header = [
+        "reward",
+        "DMDR's weight",
+        "reached",
+        "fid_teacher DMDR",
+        "GNDMR at that reward",
+        "difference, 95 %",
+        "seeds",
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for reward, kinds in by_reward(methods).items():
+        if not {"dmdr", "gndmr"} <= set(kinds):
+            continue
+        path = [plain("gndmr"), *kinds["gndmr"]]
+        for method in kinds["dmdr"]:
+            goals, theirs = (last(results, method, seeds, name) for name in (f"reward/{reward}", "fid_teacher"))
+            ours = []
+            for goal, seed in zip(goals, seeds, strict=True):
+                points = [results[f"{m}-{seed}"]["curve"][-1] for m in path]
+                x, y = ([point[name] for point in points] for name in (f"reward/{reward}", "fid_teacher"))
+                # NaN where GNDMR's weights do not reach that far.
+                ours.append(np.interp(goal, *zip(*sorted(zip(x, y, strict=True)), strict=True), np.nan, np.nan))
+            ours = np.array(ours)
+            known = ~np.isnan(ours)
+            cells = [reward, method.rsplit("@", 1)[1], f"{goals.mean():.3f}", f"{theirs.mean():.3f}"]
+            if known.any():
+                relative = ours[known] / theirs[known] - 1
+                low, high = interval(relative)
+                cells += [f"{ours[known].mean():.3f}", f"{relative.mean():+.0%} [{low:+.0%}, {high:+.0%}]"]
+            else:
+                cells += ["not reached", ""]
+            lines.append("| " + " | ".join([*cells, f"{known.sum()} of {len(seeds)}"]) + " |")
+    return "\n".join(lines)
+
+
+def plot_curves(results: dict, methods: list[str], seeds: list[int], path: Path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     for axis, name in zip(axes, ("fid", "fid_teacher"), strict=True):
         for i, method in enumerate(methods):
@@ -122,31 +215,74 @@ def plot(results: dict, methods: list[str], seeds: list[int], path: Path):
     figure.savefig(path, dpi=120)
 
 
+def plot_trade_offs(results: dict, methods: list[str], seeds: list[int], path: Path):
+    """Reward against distance to the teacher: one panel a reward, one line a method, one point a weight."""
+    panels = by_reward(methods)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for axis, (reward, kinds) in zip(axes[0], panels.items(), strict=True):
+        for i, (kind, chosen) in enumerate(kinds.items()):
+            line = chosen if kind == "constrained" else [PLAIN[kind], *chosen]
+            x, y = ([last(results, m, seeds, name) for m in line] for name in (f"reward/{reward}", "fid_teacher"))
+            axis.plot(np.array(x), np.array(y), ".", color=f"C{i}", alpha=0.3)
+            axis.plot(np.mean(x, 1), np.mean(y, 1), "o-", color=f"C{i}", label=kind)
+            for m, *place in zip(line, np.mean(x, 1), np.mean(y, 1), strict=True):
+                axis.annotate(m.rpartition("@")[2], place, xytext=(3, 3), textcoords="offset points", fontsize=7)
+        axis.set(xlabel=f"reward: {reward}", ylabel="fid_teacher", yscale="log")
+        axis.legend()
+    figure.suptitle(f"{len(seeds)} paired seeds: means and each seed; a point is a weight")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def main():
     args = parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    runs = args.output_dir / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     changes = {name: yaml.safe_load(value) for name, value in (option.split("=", 1) for option in args.set)}
     options = {**yaml.safe_load(args.config.read_text()), **changes}
-    path = args.output_dir / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {"options": options, "num_images": args.num_images}
-    if results["options"] != options or results["num_images"] != args.num_images:
-        raise SystemExit(f"{path} holds runs with other settings: give another --output_dir.")
-    judge, constant = load_demo_judge(), {}
+    settings = {"options": options, "num_images": args.num_images, "eval_steps": args.eval_steps}
+    path = args.output_dir / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != settings:
+        raise SystemExit(f"{path} belongs to runs with other settings: give another --output_dir.")
+    path.write_text(json.dumps(settings, indent=1) + "\n")
+    rewards = list(dict.fromkeys(name for m in args.methods for name in options_of(m).get("reward_funcs", [])))
+    score, judge, known = Scorer([resolve_reward(name) for name in rewards]), load_demo_judge(), {}
     prompts = [DEMO_PROMPTS[i % len(DEMO_PROMPTS)] for i in range(args.num_images)]
 
     def measure(trainer, who):
-        return judge(who, trainer.sample(who, prompts, seed=EVAL_SEED), prompts)
+        if who in known:
+            return known[who]
+        images = trainer.sample(who, prompts, seed=EVAL_SEED)
+        values, _ = score(images, prompts, [None] * len(prompts))
+        named = {f"reward/{name}": value for name, value in zip(rewards, values.mean(0).tolist(), strict=True)}
+        figures = {**judge(who, images, prompts), **named}
+        if who != "student":
+            known[who] = figures
+        return figures
 
-    todo = [(m, seed) for seed in args.seeds for m in args.methods if f"{m}-{seed}" not in results]
+    methods = list(dict.fromkeys([plain(m) for m in args.methods] + args.methods))
+    todo = [(m, s) for s in args.seeds for m in methods if not (runs / f"{m}-{s}.json").exists()]
     for method, seed in tqdm(todo, desc="runs"):
-        results[f"{method}-{seed}"] = run(measure, constant, {**options, **METHODS[method], "seed": seed}, args)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results, args.methods, args.seeds)
+        checkpoint = None
+        if plain(method) != method and options.get("reward_warmup"):
+            checkpoint = runs / f"{plain(method)}-{seed}" / f"checkpoint-{options['reward_warmup']}"
+        folder = runs / f"{method}-{seed}"
+        result = run(measure, {**options, **options_of(method), "seed": seed}, checkpoint, folder, args.eval_steps)
+        (runs / f"{method}-{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+        if plain(method) != method:
+            shutil.rmtree(folder)
+
+    results = {f"{m}-{s}": json.loads((runs / f"{m}-{s}.json").read_text()) for m in methods for s in args.seeds}
+    (args.output_dir / "results.json").write_text(json.dumps({**settings, **results}, indent=1) + "\n")
+    text = table(results, methods, args.seeds, [*FIGURES, *(f"reward/{name}" for name in rewards)])
+    if rewards:
+        text += "\n\n" + matched(results, methods, args.seeds)
+        plot_trade_offs(results, methods, args.seeds, args.output_dir / "trade_offs.png")
     note = f"{options['max_steps']} updates, seeds {args.seeds}, {args.num_images} images, {evaluation.machine()}."
     (args.output_dir / "table.md").write_text(f"{text}\n\n{note}\n")
-    plot(results, args.methods, args.seeds, args.output_dir / "curves.png")
-    print(f"\n{text}\n\n{note}\n{args.output_dir / 'curves.png'}")
+    plot_curves(results, [m for m in methods if plain(m) == m], args.seeds, args.output_dir / "curves.png")
+    print(f"\n{text}\n\n{note}\n{args.output_dir}")
 
 
 if __name__ == "__main__":

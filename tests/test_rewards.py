@@ -3,14 +3,18 @@
 
 import asyncio
 import io
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_text_config
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from transformers import (
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -233,3 +237,190 @@ def test_clip_rewards(tiny_clip, tmp_path):
     large = torch.rand(2, 3, 24, 40, requires_grad=True)  # not square: resized and cropped, with a gradient
     builtin.clip_score(tiny_clip)(large, ["a bag", "a coat"], None).sum().backward()
     assert large.grad[:, :, :, 12:28].abs().sum() > 0 and large.grad[:, :, :, :4].abs().sum() == 0
+
+
+def test_models_that_cannot_be_loaded_are_named(tmp_path):
+    for reward in ("clip_score", "hps_v2", "image_reward", "aesthetic", "classifier"):
+        with pytest.raises(OSError, match=f"The reward '{reward}' cannot load '{tmp_path}'"):
+            resolve_reward(f"{reward}:{tmp_path}")(IMAGES, PROMPTS, None)
+
+
+class OpenClipTower(torch.nn.Module):
+    """A CLIP tower by the names and with the modules that open_clip has, written from the paper (arXiv 2103.00020)."""
+
+    class Block(torch.nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+            self.attn = torch.nn.MultiheadAttention(width, 2, batch_first=True)
+            self.mlp = torch.nn.Sequential()
+            self.mlp.add_module("c_fc", torch.nn.Linear(width, 2 * width))
+            self.mlp.add_module("gelu", torch.nn.GELU())
+            self.mlp.add_module("c_proj", torch.nn.Linear(2 * width, width))
+
+        def forward(self, x, mask=None):
+            y = self.ln_1(x)
+            x = x + self.attn(y, y, y, attn_mask=mask, need_weights=False)[0]
+            return x + self.mlp(self.ln_2(x))
+
+    def __init__(self, width):
+        super().__init__()
+        self.transformer = torch.nn.Module()
+        self.transformer.resblocks = torch.nn.ModuleList([self.Block(width), self.Block(width)])
+
+    def blocks(self, x, mask=None):
+        for block in self.transformer.resblocks:
+            x = block(x, mask)
+        return x
+
+
+class OpenClip(OpenClipTower):
+    def __init__(self, vocab_size, length, embed_dim=12):
+        super().__init__(16)
+        self.visual = OpenClipTower(16)
+        self.visual.conv1 = torch.nn.Conv2d(3, 16, 8, 8, bias=False)
+        self.visual.class_embedding = torch.nn.Parameter(torch.randn(16))
+        self.visual.positional_embedding = torch.nn.Parameter(torch.randn(5, 16))
+        self.visual.ln_pre, self.visual.ln_post = torch.nn.LayerNorm(16), torch.nn.LayerNorm(16)
+        self.visual.proj = torch.nn.Parameter(torch.randn(16, embed_dim))
+        self.token_embedding = torch.nn.Embedding(vocab_size, 16)
+        self.positional_embedding = torch.nn.Parameter(torch.randn(length, 16))
+        self.ln_final = torch.nn.LayerNorm(16)
+        self.text_projection = torch.nn.Parameter(torch.randn(16, embed_dim))
+        self.logit_scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, pixels, tokens, end):
+        visual = self.visual
+        x = visual.conv1(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
+        image = visual.ln_post(visual.blocks(visual.ln_pre(x))[:, 0]) @ visual.proj
+        length = tokens.shape[1]
+        mask = torch.full((length, length), -torch.inf).triu(1)
+        y = self.ln_final(self.blocks(self.token_embedding(tokens) + self.positional_embedding[:length], mask))
+        text = y[torch.arange(len(y)), (tokens == end).int().argmax(1)] @ self.text_projection
+        return torch.nn.functional.cosine_similarity(image, text)
+
+
+def test_hps_v2_reads_the_authors_weights(tiny_clip, tmp_path, monkeypatch):
+    """A network by open_clip's names, saved as the authors save theirs, scores as it does by itself."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_clip)
+    config = CLIPConfig.from_pretrained(tiny_clip)
+    for tower in (config.text_config, config.vision_config):
+        tower.hidden_size, tower.intermediate_size, tower.num_hidden_layers = 16, 32, 2
+        tower.num_attention_heads, tower.hidden_act = 2, "gelu"
+    config.save_pretrained(tmp_path / "architecture")
+    tokenizer.save_pretrained(tmp_path / "architecture")
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(
+        tmp_path / "architecture"
+    )
+    length = config.text_config.max_position_embeddings
+    model = OpenClip(config.text_config.vocab_size, length).eval()
+    torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "HPS_v2.1_compressed.pt")
+    monkeypatch.setattr(builtin.hps_v2, "architecture", str(tmp_path / "architecture"))
+    prompts = ["a photo of a bag", "a coat", "a dress"]
+    images = torch.rand(3, 3, 16, 16, requires_grad=True)
+    tokens = tokenizer(prompts, padding="max_length", max_length=length, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model(normalized(images), tokens, tokenizer.eos_token_id)
+    reward = resolve_reward(f"hps_v2:{tmp_path}")
+    rewards = reward(images, prompts, None)
+    torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-4)
+    rewards.sum().backward()
+    assert images.grad.abs().sum() > 0
+
+
+def normalized(images):
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    return (images - mean) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
+def vision_transformer(w, x):
+    """BLIP's image encoder, with two layers of two heads, from weights by its authors' names."""
+    functional = torch.nn.functional
+    x = functional.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=8)
+    x = torch.cat([w["cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + w["pos_embed"]
+
+    def norm(name, x):
+        return functional.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+
+    def linear(name, x):
+        return functional.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    for i in range(2):
+        qkv = linear(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", x))
+        q, k, v = qkv.unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        seen = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + linear(f"blocks.{i}.attn.proj", seen)
+        y = functional.gelu(linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", x)))
+        x = x + linear(f"blocks.{i}.mlp.fc2", y)
+    return norm("norm", x)
+
+
+def test_image_reward_reads_the_authors_weights(tiny_clip, tmp_path, monkeypatch):
+    """The image encoder and the head in plain torch, by the authors' names; the text encoder is transformers' BERT."""
+    torch.manual_seed(0)
+    shapes = {"cls_token": (1, 1, 16), "pos_embed": (1, 5, 16), "patch_embed.proj.weight": (16, 3, 8, 8)}
+    shapes |= {"patch_embed.proj.bias": (16,), "norm.weight": (16,), "norm.bias": (16,)}
+    sizes = {"attn.qkv": (48, 16), "attn.proj": (16, 16), "mlp.fc1": (32, 16), "mlp.fc2": (16, 32)}
+    for i in range(2):
+        for name, (out, width) in sizes.items():
+            shapes |= {f"blocks.{i}.{name}.weight": (out, width), f"blocks.{i}.{name}.bias": (out,)}
+        for name in ("norm1", "norm2"):
+            shapes |= {f"blocks.{i}.{name}.weight": (16,), f"blocks.{i}.{name}.bias": (16,)}
+    vision = {key: torch.randn(shape) * 0.3 for key, shape in shapes.items()}
+    vision_config = BlipVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
+        layer_norm_eps=1e-6,
+    )  # fmt: skip
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_clip)
+    text_config = BlipTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        encoder_hidden_size=16,
+    )  # fmt: skip
+    text = BlipTextModel(text_config, add_pooling_layer=False).eval()
+    sizes = [16, 8, 4, 4, 2, 1]
+    head = torch.nn.Sequential()
+    for i, (first, second) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        head.append(torch.nn.Linear(first, second))
+        if i < 3:
+            head.append(torch.nn.Dropout(0.2))
+    weights = {f"blip.visual_encoder.{key}": value for key, value in vision.items()}
+    weights |= {f"blip.text_encoder.{key}": value for key, value in text.state_dict().items()}
+    weights["blip.text_encoder.embeddings.position_ids"] = torch.arange(512)[None]
+    weights |= {f"mlp.layers.{key}": value for key, value in head.state_dict().items()}
+    torch.save(weights, tmp_path / "ImageReward.pt")
+    for name, value in (("vision_config", vision_config), ("text_config", text_config), ("tokenizer_name", tiny_clip)):
+        monkeypatch.setattr(builtin.image_reward, name, value)
+
+    prompts = ["a photo of a bag", "a coat"]
+    images = torch.rand(2, 3, 16, 16, requires_grad=True)
+    tokens = tokenizer(prompts, padding="max_length", max_length=35, return_tensors="pt")
+    with torch.no_grad():
+        seen = vision_transformer(vision, normalized(images))
+        states = text(**tokens, encoder_hidden_states=seen).last_hidden_state
+        expected = (head.eval()(states[:, 0]).squeeze(1) - 0.16717362830052426) / 1.0333394966054072
+    rewards = resolve_reward(f"image_reward:{tmp_path}")(images, prompts, None)
+    torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-4)
+    rewards.sum().backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_ocr_reads():
+    """PP-OCR itself, on text that PIL draws: right, one letter of eight wrong, none at all."""
+    pictures = []
+    for text in ("HELLO 42", "HELLO 43", ""):
+        picture = Image.new("RGB", (256, 128), "white")
+        ImageDraw.Draw(picture).text((20, 40), text, fill="black", font=ImageFont.load_default(40))
+        pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255)
+    reward = resolve_reward("ocr")
+    prompts = ['a sign that says "Hello 42"'] * 3
+    torch.testing.assert_close(reward(torch.stack(pictures), prompts, None), torch.tensor([1.0, 1 - 1 / 7, 0.0]))
+    with pytest.raises(ValueError, match="The prompt 'a sign' quotes no text to write"):
+        reward(torch.stack(pictures[:1]), ["a sign"], None)
+
+
+def test_ocr_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    with pytest.raises(ImportError, match=r"The reward 'ocr' needs an extra: `pip install rdm_trl\[ocr\]`"):
+        resolve_reward("ocr")(IMAGES, ["a"] * 3, None)
