@@ -40,11 +40,13 @@ METHODS = {
     "batch": {"dm_normalization": "batch"},
     "none": {"dm_normalization": "none"},
     "dmdr": {"dm_normalization": "sample", "reward_mixing": "sum"},
-    "gndmr": {"dm_normalization": "group", "reward_mixing": "adaptive"},
-    "constrained": {"dm_normalization": "group", "reward_mixing": "constrained"},
+    "dmdr_late": {"dm_normalization": "sample", "reward_mixing": "sum", "reward_gradient_steps": 2},
+    "gndmr": {"dm_normalization": "group", "reward_mixing": "adaptive", "reward_gradient_steps": 2},
+    "gndmr_all": {"dm_normalization": "group", "reward_mixing": "adaptive"},
+    "constrained": {"dm_normalization": "group", "reward_mixing": "constrained", "reward_gradient_steps": 2},
 }
 # Distribution matching alone, from which a method with rewards sets out.
-PLAIN = {"dmdr": "dmd", "gndmr": "gndm", "constrained": "gndm"}
+PLAIN = {"dmdr": "dmd", "dmdr_late": "dmd", "gndmr": "gndm", "gndmr_all": "gndm", "constrained": "gndm"}
 FIGURES = ("fid", "fid_teacher", "class_accuracy", "diversity")
 # The figures of all runs are taken on these images, whatever the seed of training.
 EVAL_SEED = 1_000_000

@@ -143,6 +143,21 @@ class Mixer:
             weights = torch.where(rms[1:] > 1e-12, weights * rms[0] / rms[1:].clamp(min=1e-12), 0.0)
         return torch.cat([self.state["multiplier"].expand(1, num_steps), weights])
 
+    def load_state(self, state: dict[str, torch.Tensor]):
+        """
+        Goes on from the `state` of a checkpoint.
+
+        Raises:
+            ValueError: it mixed another number of rewards or steps.
+        """
+        if state["mass"].shape != self.state["mass"].shape:
+            (old, old_steps), (new, new_steps) = state["mass"].shape, self.state["mass"].shape
+            raise ValueError(
+                f"The checkpoint mixed {old - 1} rewards over {old_steps} steps, this run has {new - 1} rewards and "
+                f"{new_steps} steps: resume with the checkpoint's own `reward_funcs` and `sample_num_steps`."
+            )
+        self.state = state
+
     @property
     def kl(self) -> float:
         """Running mean of -R_dm, never below 0."""

@@ -87,6 +87,9 @@ class RdmDistillConfig(TrainingArguments):
         reward_gradients (`bool`, *optional*, defaults to `True`):
             Differentiate the rewards that declare themselves `differentiable` (ReFL). `False` treats all as black
             boxes.
+        reward_gradient_steps (`int`, *optional*):
+            At how many of the student's last steps differentiable rewards act; at all by default. What the early steps
+            predict is a blurred mean of many images, and a reward's gradient there moves the whole distribution.
         reward_warmup (`int`, *optional*, defaults to `0`):
             Updates of distribution matching alone before the rewards join.
         reward_timeout (`float`, *optional*):
@@ -206,6 +209,9 @@ class RdmDistillConfig(TrainingArguments):
     reward_gradients: bool = field(
         default=True, metadata={"help": "Differentiate rewards that declare themselves differentiable."}
     )
+    reward_gradient_steps: int | None = field(
+        default=None, metadata={"help": "Differentiable rewards act at so many of the last steps; all by default."}
+    )
     reward_warmup: int = field(default=0, metadata={"help": "Updates of distribution matching alone, at first."})
     reward_timeout: float | None = field(default=None, metadata={"help": "Seconds that a reward may take."})
     multi_objective_aggregation: str = field(
@@ -283,7 +289,7 @@ class RdmDistillConfig(TrainingArguments):
             )
         if (self.reward_mixing == "constrained") != (self.target_dm is not None):
             raise ValueError("`target_dm` is the budget of `reward_mixing='constrained'`: give both or neither.")
-        for name in ("target_dm", "reward_timeout"):
+        for name in ("target_dm", "reward_timeout", "reward_gradient_steps"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be positive.")
         if self.dm_estimator == "policy_gradient" and self.num_generations < 2:

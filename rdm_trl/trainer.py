@@ -206,34 +206,39 @@ class RdmDistillTrainer(Trainer):
         prompts, metadata = split_rows(rows)
         num_groups = len(prompts) // args.num_generations
         condition = self.encode(prompts)
+        logs_now = self.state.logging_steps and self.state.global_step % self.state.logging_steps == 0
+        shows = self.image_samples_callback is not None and logs_now
+        # Asked at the very first step too, whatever the warm-up: a reward that fails does so at once.
+        asked = bool(self.rewards.functions) and self.state.global_step not in range(1, args.reward_warmup)
+        complete = shows or (asked and bool(self.rewards.black_boxes))
+        exit_steps = policy.draw_exit_steps(num_groups, args.num_generations, args.sample_num_steps)
+        images, answers, seen = None, None, torch.zeros(len(exit_steps))
         with torch.no_grad(), self.accelerator.autocast():
-            exit_steps = policy.draw_exit_steps(num_groups, args.num_generations, args.sample_num_steps)
-            logs_now = self.state.logging_steps and self.state.global_step % self.state.logging_steps == 0
-            rewarded = bool(self.rewards.functions) and self.state.global_step >= args.reward_warmup
-            shows = self.image_samples_callback is not None and logs_now
-            complete = shows or (rewarded and bool(self.rewards.black_boxes))
             rollout = self._rollout(condition, exit_steps.to(device), complete)
-            seen = torch.zeros(len(exit_steps))
-            if args.dm_subintervals:
-                seen = policy.seen_noise(exit_steps, self.student_timesteps.cpu(), self.process.num_train_timesteps)
-            low, high = args.dm_timestep_range
-            fractions = matching.draw_fractions(
-                num_groups, args.num_generations, args.dm_timestep_sampling, seen.clamp(min=low), high
-            )
-            timesteps = self.process.timesteps_at(fractions).to(device)
-            dm, probe = self._match(rollout.x0, timesteps, condition, prompts)
-
-        feedback = Feedback(args.dm_weight * dm, torch.zeros(len(dm), device=device))
-        images, rewards, reward_metadata = None, dm.new_full((len(dm), len(self.rewards.functions)), torch.nan), {}
         if complete:
             with torch.no_grad():
                 images = self.family.decode(rollout.latents[:, -1])
             self._record("x0/saturation", ((images < 1 / 255) | (images > 254 / 255)).float().mean())
-        if rewarded:
+        if asked and self.rewards.black_boxes:
+            answers = self.rewards.score_black_boxes.start(images, prompts, metadata)
+        if args.dm_subintervals:
+            seen = policy.seen_noise(exit_steps, self.student_timesteps.cpu(), self.process.num_train_timesteps)
+        low, high = args.dm_timestep_range
+        fractions = matching.draw_fractions(
+            num_groups, args.num_generations, args.dm_timestep_sampling, seen.clamp(min=low), high
+        )
+        timesteps = self.process.timesteps_at(fractions).to(device)
+        with torch.no_grad(), self.accelerator.autocast():
+            dm, probe = self._match(rollout.x0, timesteps, condition, prompts)
+
+        feedback = Feedback(args.dm_weight * dm, torch.zeros(len(dm), device=device))
+        rewards, reward_metadata = dm.new_full((len(dm), len(self.rewards.functions)), torch.nan), {}
+        if asked:
             rewards, pushes, reward_metadata = self.rewards.ask(
-                images, rollout.x0, self.family.decode, prompts, metadata
+                answers, rollout.x0, self.family.decode, prompts, metadata
             )
-            feedback = self.rewards.mix(dm, pushes, rollout, self.process, probe.reward)
+            if self.state.global_step >= args.reward_warmup:
+                feedback = self.rewards.mix(dm, pushes, rollout, self.process, probe.reward)
             for name, value in self.rewards.figures(gather(rewards)).items():
                 self._record(name, value)
         if shows and self.is_world_process_zero():
@@ -592,4 +597,4 @@ class RdmDistillTrainer(Trainer):
             device = self.accelerator.device
             state = torch.load(Path(checkpoint) / "fake_optimizer.pt", map_location=device, weights_only=True)
             self.fake_score.load_state_dict(state)
-            self.rewards.mixer.state = load_file(Path(checkpoint) / "mixer.safetensors")
+            self.rewards.mixer.load_state(load_file(Path(checkpoint) / "mixer.safetensors"))

@@ -1,14 +1,16 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """Rewards in training: that they act under every mixing, and what is said when they do not."""
 
+import asyncio
 import json
+import threading
 
 import pytest
 import torch
 from conftest import logs_of, make_config, make_trainer, redness
 from transformers import TrainerState
 
-from rdm_trl import callbacks, matching
+from rdm_trl import callbacks, matching, policy
 
 
 @pytest.mark.parametrize("mixing", ["sum", "adaptive", "constrained"])
@@ -74,9 +76,62 @@ def test_rewards_wait_for_their_warmup(tmp_path):
         calls.append(len(images))
         return redness(images, prompts, metadata)
 
-    trainer = make_trainer(tmp_path, [counted], max_steps=3, reward_warmup=2)
+    trainer = make_trainer(tmp_path, [counted], max_steps=2, reward_warmup=2)
     trainer.train()
-    assert calls == [8]
+    assert calls == [8]  # at the first step, so that a reward that fails does so before hours of warm-up
+    warm = {key: value.clone() for key, value in trainer.model.adapter_state("student").items()}
+    plain = make_trainer(tmp_path, max_steps=2)
+    plain.train()
+    for key, value in plain.model.adapter_state("student").items():
+        assert torch.equal(value, warm[key]), key
+    calls.clear()
+    make_trainer(tmp_path, [counted], max_steps=4, reward_warmup=2).train()
+    assert calls == [8] * 3
+
+
+def test_async_rewards_work_while_the_teacher_does(tmp_path, monkeypatch):
+    started, probe = threading.Event(), matching.probe
+
+    async def far_away(images, prompts, metadata):
+        started.set()
+        await asyncio.sleep(0)
+        return images.mean((1, 2, 3))
+
+    def probe_that_waits(*args):
+        assert started.wait(10), "the reward was not asked before the teacher was"
+        return probe(*args)
+
+    monkeypatch.setattr(matching, "probe", probe_that_waits)
+    make_trainer(tmp_path, [far_away], max_steps=1).train()
+
+
+def test_reward_gradients_act_at_the_last_steps_only(tmp_path, monkeypatch):
+    def reddish(images, prompts, metadata):
+        return redness(images, prompts, metadata)
+
+    reddish.differentiable = True
+    monkeypatch.setattr(policy, "draw_exit_steps", lambda *args: torch.tensor([0, 1]).repeat_interleave(4))
+    directions = {}
+    for weight, steps in ((0.0, None), (5.0, None), (5.0, 1)):
+        trainer = make_trainer(
+            tmp_path,
+            [reddish],
+            reward_mixing="sum",
+            reward_weights=[weight],
+            reward_gradient_steps=steps,
+            sample_num_steps=2,
+        )
+        directions[weight, steps] = trainer._prepare_inputs([{"prompt": "a"}] * 8)["feedback"].direction
+    plain, everywhere, late = directions.values()
+    assert torch.equal(late[:4], plain[:4]) and torch.equal(late[4:], everywhere[4:])
+    assert not torch.equal(plain[:4], everywhere[:4]) and not torch.equal(plain[4:], everywhere[4:])
+
+
+def test_a_checkpoint_of_other_rewards_is_refused(tmp_path):
+    make_trainer(tmp_path, [redness], max_steps=1, save_strategy="steps", save_steps=1).train()
+    trainer = make_trainer(tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match="The checkpoint mixed 1 rewards over 4 steps, this run has 0 rewards"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
 
 
 def test_rewards_from_the_config(tmp_path, monkeypatch):

@@ -102,7 +102,7 @@ def check_answer(name: str, answer: Any, images: torch.Tensor, prompts: list[str
 
 class Scorer:
     """
-    Asks the black-box rewards about a batch of images: async functions concurrently, the others in turn.
+    Asks rewards about a batch of images without gradient: async functions concurrently, the others in turn.
 
     Args:
         reward_functions (`list`):
@@ -125,14 +125,15 @@ class Scorer:
             TimeoutError: a reward took longer than `timeout`.
             ValueError: a reward's answer is unusable. Each names the reward.
         """
+        return self.start(images, prompts, metadata)()
+
+    def start(self, images: torch.Tensor, prompts: list[str], metadata: list[Any]) -> Callable:
+        """
+        Sends the images to the async functions, which work in a thread while the caller goes on. What is returned has
+        to be called: it asks the other functions, waits for these, and returns and raises as `__call__` does.
+        """
         images = images.detach()
-        answers = {}
-        waiting = {}
-        for i, function in enumerate(self.reward_functions):
-            if is_async_callable(function):
-                waiting[i] = function
-            else:
-                answers[i] = self._in_time(i, lambda function=function: ask(function, images, prompts, metadata))
+        waiting = {i: f for i, f in enumerate(self.reward_functions) if is_async_callable(f)}
 
         async def gather():
             async def one(i, function):
@@ -143,14 +144,28 @@ class Scorer:
 
             return await asyncio.gather(*[one(i, function) for i, function in waiting.items()])
 
+        future = None
         if waiting:
             # A thread of its own: the caller, a notebook for example, may already run an event loop.
-            with ThreadPoolExecutor(1) as executor:
-                answers |= dict(zip(waiting, executor.submit(lambda: asyncio.run(gather())).result(), strict=True))
-        rewards, reward_metadata = images.new_zeros((len(images), len(self.names)), dtype=torch.float32), {}
-        for i, name in enumerate(self.names):
-            rewards[:, i], reward_metadata[name] = check_answer(name, answers[i], images, prompts)
-        return rewards, reward_metadata
+            executor = ThreadPoolExecutor(1)
+            future = executor.submit(lambda: asyncio.run(gather()))
+            executor.shutdown(wait=False)
+
+        def finish():
+            # The others stay on this thread: one that draws random numbers must draw the same ones in every run.
+            answers = {
+                i: self._in_time(i, lambda function=function: ask(function, images, prompts, metadata))
+                for i, function in enumerate(self.reward_functions)
+                if i not in waiting
+            }
+            if future is not None:
+                answers |= dict(zip(waiting, future.result(), strict=True))
+            rewards, reward_metadata = images.new_zeros((len(images), len(self.names)), dtype=torch.float32), {}
+            for i, name in enumerate(self.names):
+                rewards[:, i], reward_metadata[name] = check_answer(name, answers[i], images, prompts)
+            return rewards, reward_metadata
+
+        return finish
 
     def _in_time(self, i: int, call: Callable):
         try:

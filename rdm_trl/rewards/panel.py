@@ -72,11 +72,11 @@ class RewardPanel:
         )
 
     def ask(
-        self, images: torch.Tensor | None, x0: torch.Tensor, decode: Callable, prompts: list[str], metadata: list[Any]
+        self, answers: Callable | None, x0: torch.Tensor, decode: Callable, prompts: list[str], metadata: list[Any]
     ) -> tuple[torch.Tensor, list[torch.Tensor], dict[str, Any]]:
         """
         Args:
-            images (B, 3, H, W): final images in [0, 1], which the black boxes see.
+            answers (`Callable`): what `score_black_boxes.start` gave for the final images; `None` without black boxes.
             x0 (B, ...): latents of the exit steps, which the differentiable rewards see through `decode`.
 
         Returns:
@@ -86,7 +86,7 @@ class RewardPanel:
         rewards = torch.full((len(prompts), len(self.functions)), torch.nan, device=x0.device)
         pushes, reward_metadata = [], {}
         if self.black_boxes:
-            rewards[:, self.black_boxes], reward_metadata = self.score_black_boxes(images, prompts, metadata)
+            rewards[:, self.black_boxes], reward_metadata = answers()
 
             def advantages(rewards):
                 if config.reward_mixing != "sum":
@@ -107,6 +107,10 @@ class RewardPanel:
 
     def mix(self, dm: torch.Tensor, pushes: list, rollout: Rollout, process: NoiseProcess, dm_reward) -> Feedback:
         """Distribution matching's direction `dm` (B, ...) and the rewards' pushes as one feedback; see `Mixer`."""
+        if self.config.reward_gradient_steps is not None:
+            late = rollout.exit_steps >= len(rollout.timesteps) - self.config.reward_gradient_steps
+            late = late.view(-1, *(1,) * (dm.ndim - 1))
+            pushes = [push if push.ndim == 1 else push * late for push in pushes]
         scale = rollout.transition_scale(process)
         return self.mixer(dm, pushes, scale, rollout.exit_steps, dm_reward, lambda sums: reduce(sums, "sum"))
 
