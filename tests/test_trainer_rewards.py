@@ -198,3 +198,19 @@ def test_a_reward_is_maximised(tmp_path):
     before = trainer.evaluate()["eval_redness"]
     trainer.train()
     assert trainer.evaluate()["eval_redness"] > before + 0.01
+
+
+@pytest.mark.parametrize("mixing", ["sum", "adaptive"])
+def test_conflicting_rewards_act_by_their_weights(tmp_path, mixing):
+    """Compressible against incompressible: 1:1 says nothing, 3:1 says what the first says alone, and how loudly."""
+    names = ["jpeg_compressibility", "jpeg_incompressibility"]
+
+    def advantage(rewards, weights):
+        trainer = make_trainer(tmp_path, reward_funcs=rewards, reward_weights=weights, reward_mixing=mixing)
+        return trainer._prepare_inputs([{"prompt": "a"}] * 8)["feedback"].advantage
+
+    alone, even, uneven = advantage(names[:1], [1.0]), advantage(names, [1.0, 1.0]), advantage(names, [3.0, 1.0])
+    assert alone.abs().max() > 1e-3
+    assert even.abs().max() < 1e-4 * alone.abs().max()
+    # "sum" gives the normalised sum of both the weight of both, 4; "adaptive" adds shares, 3 - 1.
+    torch.testing.assert_close(uneven, alone * (4 if mixing == "sum" else 2), rtol=1e-2, atol=1e-5)
