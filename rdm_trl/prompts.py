@@ -11,9 +11,31 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 
+from ._trl import RepeatSampler
+
 
 # Encoded prompts kept in memory, the oldest dropped first: with SD 1.5's 77 x 768 floats, half a gigabyte.
 PROMPT_CACHE_SIZE = 2048
+
+
+class PromptSampler(RepeatSampler):
+    """
+    TRL's sampler, in an order that the seed and the epoch alone decide: a run that is resumed in a later epoch sees
+    the prompts that it would have seen.
+
+    Args:
+        data_source: the prompts.
+        epoch (`Callable`): `() -> int`, the epoch that begins.
+        **kwargs: of `RepeatSampler`, with its seed.
+    """
+
+    def __init__(self, data_source: Dataset, epoch: Callable[[], int], **kwargs):
+        super().__init__(data_source, **kwargs)
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch())
+        yield from super().__iter__()
 
 
 class PromptCache:

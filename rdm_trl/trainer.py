@@ -21,7 +21,6 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, get_scheduler
 
 from . import evaluation, losses, matching, policy
-from ._trl import RepeatSampler
 from .advantages import Feedback, normalize_rewards
 from .callbacks import DriftWarningCallback, EmaCallback, ImageTracker, SampleGridCallback
 from .config import RdmDistillConfig
@@ -30,7 +29,7 @@ from .diffusion import NoiseProcess, make_student_scheduler
 from .fake_score import FakeScore
 from .hub import model_card, run_settings, write_metrics
 from .pipelines import family_of
-from .prompts import PromptCache, check_prompts, split_rows, training_prompts
+from .prompts import PromptCache, PromptSampler, check_prompts, split_rows, training_prompts
 from .rewards import RewardFunction, resolve_reward
 from .rewards.panel import RewardPanel, over_processes
 from .roles import ADAPTERS, Roles
@@ -160,8 +159,9 @@ class RdmDistillTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         args = self.args
-        return RepeatSampler(
+        return PromptSampler(
             train_dataset if train_dataset is not None else self.train_dataset,
+            lambda: int(self.state.epoch or 0),
             mini_repeat_count=args.num_generations,
             batch_size=args.per_device_train_batch_size // args.num_generations * args.world_size,
             seed=args.seed,

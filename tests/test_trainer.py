@@ -195,18 +195,18 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
 
 
 def test_resume_continues_the_run(tmp_path):
-    """2 + 2 updates with a stop between are 4 updates, with the mixing's running statistics and multiplier."""
-    prompts = [f"a {i}" for i in range(8)]  # 4 updates in one epoch
-    mixing = dict(reward_mixing="constrained", target_dm=0.1, save_strategy="steps", save_steps=2)
+    """5 + 3 updates with a stop between are 8 updates, with the mixing's running statistics and multiplier."""
+    prompts = [f"a {i}" for i in range(7)]  # 3 updates an epoch: the stop is within the second
+    mixing = dict(reward_mixing="constrained", target_dm=0.1, save_strategy="steps", save_steps=5)
 
     def bright(images, prompts, metadata):
         return images.mean((1, 2, 3))
 
     bright.differentiable = True
-    trainer = make_trainer(tmp_path / "whole", [redness, bright], max_steps=4, prompts=prompts, **mixing)
+    trainer = make_trainer(tmp_path / "whole", [redness, bright], max_steps=8, prompts=prompts, **mixing)
     trainer.train()
-    make_trainer(tmp_path / "parts", [redness, bright], max_steps=2, prompts=prompts, **mixing).train()
-    resumed = make_trainer(tmp_path / "parts", [redness, bright], max_steps=4, prompts=prompts, **mixing)
+    make_trainer(tmp_path / "parts", [redness, bright], max_steps=5, prompts=prompts, **mixing).train()
+    resumed = make_trainer(tmp_path / "parts", [redness, bright], max_steps=8, prompts=prompts, **mixing)
     resumed.train(resume_from_checkpoint=True)
     for name in ("student", "fake", "ema"):
         for key, value in trainer.model.adapter_state(name).items():
