@@ -222,14 +222,16 @@ def plot_trade_offs(results: dict, methods: list[str], seeds: list[int], path: P
     panels = by_reward(methods)
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
     for axis, (reward, kinds) in zip(axes[0], panels.items(), strict=True):
-        for i, (kind, chosen) in enumerate(kinds.items()):
+        for kind, chosen in kinds.items():
+            color = f"C{list(PLAIN).index(kind)}"  # the same in every panel
             line = chosen if kind == "constrained" else [PLAIN[kind], *chosen]
             x, y = ([last(results, m, seeds, name) for m in line] for name in (f"reward/{reward}", "fid_teacher"))
-            axis.plot(np.array(x), np.array(y), ".", color=f"C{i}", alpha=0.3)
-            axis.plot(np.mean(x, 1), np.mean(y, 1), "o-", color=f"C{i}", label=kind)
+            axis.plot(np.array(x), np.array(y), ".", color=color, alpha=0.3)
+            axis.plot(np.mean(x, 1), np.mean(y, 1), "o-", color=color, label=kind)
             for m, *place in zip(line, np.mean(x, 1), np.mean(y, 1), strict=True):
                 axis.annotate(m.rpartition("@")[2], place, xytext=(3, 3), textcoords="offset points", fontsize=7)
-        axis.set(xlabel=f"reward: {reward}", ylabel="fid_teacher", yscale="log")
+        axis.set(xlabel=f"reward: {reward}", ylabel="fid_teacher")
+        axis.locator_params(axis="x", nbins=5)
         axis.legend()
     figure.suptitle(f"{len(seeds)} paired seeds: means and each seed; a point is a weight")
     figure.tight_layout()

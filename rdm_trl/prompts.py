@@ -34,7 +34,10 @@ class PromptSampler(RepeatSampler):
         self.epoch = epoch
 
     def __iter__(self):
-        self.generator.manual_seed(self.seed + self.epoch())
+        # The order that TRL's would have come to after as many epochs.
+        self.generator.manual_seed(self.seed)
+        for _ in range(self.epoch()):
+            torch.randperm(self.num_samples, generator=self.generator)
         yield from super().__iter__()
 
 
