@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import hf_hub_download
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -52,7 +53,7 @@ class jpeg_incompressibility:
 
     def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[Any]) -> torch.Tensor:
         sizes = []
-        for image in VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images)):
+        for image in pil_images(images):
             file = io.BytesIO()
             image.save(file, format="JPEG", quality=95)
             sizes.append(self.sign * file.tell() / 1000)
@@ -67,7 +68,8 @@ class jpeg_compressibility(jpeg_incompressibility):
 
 class ModelReward:
     """
-    A differentiable reward with a pretrained model, `model` (id or path), loaded when it is first asked.
+    A differentiable reward with a pretrained model, `model` (id or path), loaded when it is first asked. `load` sets
+    `self.model` last: until then the reward counts as not loaded.
 
     Raises:
         OSError: the model cannot be loaded; names the reward and the id.
@@ -104,10 +106,10 @@ class clip_score(ModelReward):
     default_tokenizer = None  # the model's own
 
     def load(self, device: torch.device):
-        self.model = AutoModel.from_pretrained(self.model_name).eval().requires_grad_(False).to(device)
         processor_name = self.default_tokenizer if self.model_name == self.default_model else None
         self.tokenizer = AutoTokenizer.from_pretrained(processor_name or self.model_name)
         self.processor = AutoImageProcessor.from_pretrained(processor_name or self.model_name)
+        self.model = AutoModel.from_pretrained(self.model_name).eval().requires_grad_(False).to(device)
 
     def similarity(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Cosine similarities (B,), differentiable in the images (B, 3, H, W) in [0, 1]."""
@@ -152,11 +154,11 @@ class hps_v2(clip_score):
     def load(self, device: torch.device):
         weights = load_weights(self.model_name, self.weights_file)
         weights = weights["state_dict"] if "state_dict" in weights else weights
-        self.model = AutoModel.from_config(AutoConfig.from_pretrained(self.architecture), dtype=torch.float32)
-        self.model.load_state_dict(clip_state_dict(weights))
-        self.model.eval().requires_grad_(False).to(device)
+        model = AutoModel.from_config(AutoConfig.from_pretrained(self.architecture), dtype=torch.float32)
+        model.load_state_dict(clip_state_dict(weights))
         self.tokenizer = AutoTokenizer.from_pretrained(self.architecture)
         self.processor = AutoImageProcessor.from_pretrained(self.architecture)
+        self.model = model.eval().requires_grad_(False).to(device)
 
     def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         with torch.autocast(images.device.type, torch.float16, enabled=images.device.type == "cuda"):
@@ -294,8 +296,7 @@ class ocr:
         if self.engine is None:
             self.load()
         rewards = []
-        pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
-        for image, prompt in zip(pixels, prompts, strict=True):
+        for image, prompt in zip(pil_images(images), prompts, strict=True):
             quoted = re.search(r'"(.+?)"', prompt)
             if quoted is None:
                 raise ValueError(f'The prompt {prompt!r} quotes no text to write, as in: a sign that says "open".')
@@ -303,6 +304,11 @@ class ocr:
             read = "".join("".join(self.engine(image).txts or ()).lower().split())
             rewards.append(1.0 if wanted in read else 1 - min(self.distance(wanted, read) / len(wanted), 1))
         return torch.tensor(rewards)
+
+
+def pil_images(images: torch.Tensor) -> list[Image.Image]:
+    """PIL images of a tensor (B, 3, H, W) in [0, 1]."""
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
 
 
 def load_weights(model: str, file: str) -> dict[str, torch.Tensor]:
