@@ -13,6 +13,18 @@ from transformers import TrainerState
 from rdm_trl import callbacks, matching, policy
 
 
+# A short run in which a reward moves the tiny pipeline.
+LEARNING = dict(
+    max_steps=30,
+    per_device_train_batch_size=32,
+    num_generations=16,
+    learning_rate=5e-3,
+    fake_updates=1,
+    ema_decay=0.5,
+    epsilon=0.2,
+)
+
+
 @pytest.mark.parametrize("mixing", ["sum", "adaptive", "constrained"])
 @pytest.mark.parametrize("direct", [False, True])
 def test_every_kind_of_reward_works_with_every_mixing(tmp_path, mixing, direct):
@@ -30,18 +42,11 @@ def test_every_kind_of_reward_works_with_every_mixing(tmp_path, mixing, direct):
             reward_mixing=mixing,
             target_dm=10.0 if mixing == "constrained" else None,
             reward_weights=[weight],
-            max_steps=30,
-            per_device_train_batch_size=32,
-            num_generations=16,
-            learning_rate=5e-3,
-            fake_updates=1,
             num_eval_images=128,
-            ema_decay=0.5,
-            epsilon=0.2,
+            **LEARNING,
         )
         trainer.train()
         ends.append(trainer.evaluate()["eval_reddish"])
-    print("ends", mixing, direct, ends)
     assert ends[0] > ends[1] + 0.005
     logs = logs_of(trainer)
     name = "black_boxes" if mixing == "sum" and not direct else "reddish"
@@ -182,19 +187,7 @@ def test_a_warning_says_which_figure_left_its_range(monkeypatch):
 
 def test_a_reward_is_maximised(tmp_path):
     """A black-box reward alone (no distribution matching): its mean on new noise rises."""
-    trainer = make_trainer(
-        tmp_path,
-        [redness],
-        dm_weight=0.0,
-        max_steps=30,
-        per_device_train_batch_size=32,
-        num_generations=16,
-        learning_rate=5e-3,
-        fake_updates=1,
-        num_eval_images=64,
-        ema_decay=0.5,
-        epsilon=0.2,
-    )
+    trainer = make_trainer(tmp_path, [redness], dm_weight=0.0, num_eval_images=64, **LEARNING)
     before = trainer.evaluate()["eval_redness"]
     trainer.train()
     assert trainer.evaluate()["eval_redness"] > before + 0.01
