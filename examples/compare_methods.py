@@ -7,9 +7,9 @@ Compares methods on the embedded teacher over paired seeds: the same prompts, no
 apart. Every run is kept in a file (a second call goes on where the first stopped); all end in `results.json`, a table
 with means, spreads and bootstrap intervals of the paired differences, and pictures.
 
-A method with rewards names them with their weights, `gndmr+classifier@0.3`; "constrained" also its budget,
-`constrained=0.02+classifier@1`. Such runs start from the checkpoint that the plain method (dmd or gndm) left after
-`reward_warmup` updates, which is what they would have reached themselves.
+A method may change options of its own, `gndm,num_iterations=4`, and names its rewards with their weights:
+`gndmr+classifier@0.3`, `constrained,target_dm=0.002+classifier@1`. Runs with rewards start from the checkpoint that
+the plain method (dmd or gndm) left after `reward_warmup` updates, which is what they would have reached themselves.
 
 python examples/compare_methods.py --methods dmd gndm --seeds 100 101 102 103 104
 python examples/compare_methods.py --methods dmd gndm dmdr+classifier@0.02 gndmr+classifier@0.3 --set reward_warmup=100
@@ -40,13 +40,12 @@ METHODS = {
     "batch": {"dm_normalization": "batch"},
     "none": {"dm_normalization": "none"},
     "dmdr": {"dm_normalization": "sample", "reward_mixing": "sum"},
-    "dmdr_late": {"dm_normalization": "sample", "reward_mixing": "sum", "reward_gradient_steps": 2},
     "gndmr": {"dm_normalization": "group", "reward_mixing": "adaptive", "reward_gradient_steps": 2},
-    "gndmr_all": {"dm_normalization": "group", "reward_mixing": "adaptive"},
     "constrained": {"dm_normalization": "group", "reward_mixing": "constrained", "reward_gradient_steps": 2},
 }
 # Distribution matching alone, from which a method with rewards sets out.
-PLAIN = {"dmdr": "dmd", "dmdr_late": "dmd", "gndmr": "gndm", "gndmr_all": "gndm", "constrained": "gndm"}
+PLAIN = {"dmdr": "dmd", "gndmr": "gndm", "constrained": "gndm"}
+FORM = "METHOD[,OPTION=YAML...][+REWARD@WEIGHT...]"
 FIGURES = ("fid", "fid_teacher", "class_accuracy", "diversity")
 # The figures of all runs are taken on these images, whatever the seed of training.
 EVAL_SEED = 1_000_000
@@ -54,7 +53,9 @@ EVAL_SEED = 1_000_000
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=["dmd", "gndm"], metavar="METHOD[+REWARD@WEIGHT...]")
+    parser.add_argument(
+        "--methods", nargs="+", default=["dmd", "gndm"], metavar="METHOD[,OPTION=YAML...][+REWARD@WEIGHT...]"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101, 102, 103, 104])
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "gndm.yaml")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=YAML", help="such as learning_rate=2.0e-4")
@@ -66,25 +67,30 @@ def parse_args():
         try:
             options_of(method)
         except (KeyError, ValueError):
-            parser.error(f"{method!r} is not METHOD[+REWARD@WEIGHT...] with one of {', '.join(METHODS)}.")
+            parser.error(f"{method!r} is not {FORM} with one of {', '.join(METHODS)}.")
     return args
 
 
+def parse_options(assignments: list[str]) -> dict:
+    return {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in assignments)}
+
+
 def options_of(method: str) -> dict:
-    """The options that `gndmr+classifier@0.3` stands for."""
-    name, *rewards = method.split("+")
-    name, _, budget = name.partition("=")
-    options = dict(METHODS[name])
+    """The options that `gndmr,num_iterations=2+classifier@0.3` stands for."""
+    first, *rewards = method.split("+")
+    name, *changes = first.split(",")
+    if (name in PLAIN) != bool(rewards):
+        raise ValueError(method)
+    options = {**METHODS[name], **parse_options(changes)}
     if rewards:
         pairs = [reward.rsplit("@", 1) for reward in rewards]
         options |= {"reward_funcs": [f for f, _ in pairs], "reward_weights": [float(w) for _, w in pairs]}
-    if (name in PLAIN) != bool(rewards):
-        raise ValueError(method)
-    return options | ({"target_dm": float(budget)} if budget else {})
+    return options
 
 
 def plain(method: str) -> str:
-    return PLAIN.get(re.split("[+=]", method)[0], method)
+    """The method itself, or distribution matching alone where it has rewards."""
+    return PLAIN.get(re.split("[+,]", method)[0], method)
 
 
 class CurveCallback(TrainerCallback):
@@ -97,7 +103,9 @@ class CurveCallback(TrainerCallback):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             mixer = self.trainer.rewards.mixer
             mixing = {"kl": mixer.kl, "weights": mixer.factors().mean(1).tolist()}
-            self.curve.append({"step": state.global_step, **self.measure(self.trainer, "student"), **mixing})
+            cost = {name: self.trainer.cost[name] for name in ("rollouts", "teacher_evaluations", "seconds")}
+            figures = self.measure(self.trainer, "student")
+            self.curve.append({"step": state.global_step, **figures, **mixing, **cost})
         control.should_save = state.global_step == args.reward_warmup
 
 
@@ -127,15 +135,16 @@ def last(results: dict, method: str, seeds: list[int], name: str) -> np.ndarray:
 
 def table(results: dict, methods: list[str], seeds: list[int], names: list[str]) -> str:
     first = results[f"{methods[0]}-{seeds[0]}"]
-    header = ["", *names, "worst fid_teacher"]
+    header = ["", *names, "worst fid_teacher", "rollouts"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for who in ("teacher", "base"):
         cells = [f"{first[who][name]:.3f}" if name in first[who] else "" for name in names]
-        lines.append(f"| {who} | " + " | ".join(cells) + " | |")
+        lines.append(f"| {who} | " + " | ".join(cells) + " | | |")
     for method in methods:
         values = [last(results, method, seeds, name) for name in names]
         cells = [f"{v.mean():.3f}" + (f" ± {v.std(ddof=1):.3f}" if len(v) > 1 else "") for v in values]
-        lines.append(f"| {method} | " + " | ".join(cells) + f" | {values[names.index('fid_teacher')].max():.3f} |")
+        cells += [f"{values[names.index('fid_teacher')].max():.3f}", f"{last(results, method, seeds, 'rollouts')[0]}"]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     for method in methods[1:]:
         if plain(method) != method:
             continue
@@ -144,7 +153,7 @@ def table(results: dict, methods: list[str], seeds: list[int], names: list[str])
             difference = last(results, method, seeds, name) - last(results, methods[0], seeds, name)
             low, high = interval(difference)
             cells.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
-        lines.append(f"| {method} − {methods[0]}, 95 % | " + " | ".join(cells) + " | |")
+        lines.append(f"| {method} − {methods[0]}, 95 % | " + " | ".join(cells) + " | | |")
     return "\n".join(lines)
 
 
@@ -154,7 +163,8 @@ def by_reward(methods: list[str]) -> dict[str, dict[str, list[str]]]:
     for method in methods:
         kind, *rewards = method.split("+")
         if len(rewards) == 1:
-            found.setdefault(rewards[0].rsplit("@", 1)[0], {}).setdefault(kind.split("=")[0], []).append(method)
+            kind = "constrained" if kind.startswith("constrained") else kind  # its points are budgets
+            found.setdefault(rewards[0].rsplit("@", 1)[0], {}).setdefault(kind, []).append(method)
     for kinds in found.values():
         for chosen in kinds.values():
             chosen.sort(key=lambda method: float(method.rsplit("@", 1)[1]))
@@ -199,19 +209,20 @@ def matched(results: dict, methods: list[str], seeds: list[int]) -> str:
 
 
 def plot_curves(results: dict, methods: list[str], seeds: list[int], path: Path):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for axis, name in zip(axes, ("fid", "fid_teacher"), strict=True):
+    panels = [("step", "fid"), ("step", "fid_teacher"), ("rollouts", "fid_teacher")]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4))
+    for axis, (cost, name) in zip(axes, panels, strict=True):
         for i, method in enumerate(methods):
             curves = [results[f"{method}-{seed}"]["curve"] for seed in seeds]
-            steps = [point["step"] for point in curves[0]]
+            x = [point[cost] for point in curves[0]]
             values = np.array([[point[name] for point in curve] for curve in curves])
-            axis.plot(steps, values.T, color=f"C{i}", alpha=0.25, linewidth=1)
-            axis.plot(steps, values.mean(0), color=f"C{i}", linewidth=2, label=method)
+            axis.plot(x, values.T, color=f"C{i}", alpha=0.25, linewidth=1)
+            axis.plot(x, values.mean(0), color=f"C{i}", linewidth=2, label=method)
         if name == "fid":
             teacher = results[f"{methods[0]}-{seeds[0]}"]["teacher"]["fid"]
             axis.axhline(teacher, color="gray", linestyle="--", label="teacher, 25 guided steps")
-        axis.set(xlabel="updates", ylabel=name, yscale="log")
-        axis.legend()
+        axis.set(xlabel="updates" if cost == "step" else "images drawn in training", ylabel=name, yscale="log")
+        axis.legend(fontsize=7)
     figure.suptitle(f"{len(seeds)} paired seeds: mean and each seed")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -220,11 +231,12 @@ def plot_curves(results: dict, methods: list[str], seeds: list[int], path: Path)
 def plot_trade_offs(results: dict, methods: list[str], seeds: list[int], path: Path):
     """Reward against distance to the teacher: one panel a reward, one line a method, one point a weight."""
     panels = by_reward(methods)
+    all_kinds = list(dict.fromkeys(kind for kinds in panels.values() for kind in kinds))
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
     for axis, (reward, kinds) in zip(axes[0], panels.items(), strict=True):
         for kind, chosen in kinds.items():
-            color = f"C{list(PLAIN).index(kind)}"  # the same in every panel
-            line = chosen if kind == "constrained" else [PLAIN[kind], *chosen]
+            color = f"C{all_kinds.index(kind)}"  # the same in every panel
+            line = chosen if kind == "constrained" else [plain(kind), *chosen]
             x, y = ([last(results, m, seeds, name) for m in line] for name in (f"reward/{reward}", "fid_teacher"))
             axis.plot(np.array(x), np.array(y), ".", color=color, alpha=0.3)
             axis.plot(np.mean(x, 1), np.mean(y, 1), "o-", color=color, label=kind)
@@ -243,8 +255,7 @@ def main():
     runs = args.output_dir / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    changes = {name: yaml.safe_load(value) for name, value in (option.split("=", 1) for option in args.set)}
-    options = {**yaml.safe_load(args.config.read_text()), **changes}
+    options = {**yaml.safe_load(args.config.read_text()), **parse_options(args.set)}
     settings = {"options": options, "num_images": args.num_images, "eval_steps": args.eval_steps}
     path = args.output_dir / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:

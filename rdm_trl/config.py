@@ -32,6 +32,26 @@ class RdmDistillConfig(TrainingArguments):
         num_generations (`int`, *optional*, defaults to `4`):
             Images per prompt: the group. `per_device_train_batch_size` must be divisible by it.
 
+        > Parameters that control importance sampling
+
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Updates that learn from one rollout and the teacher's judgement of it. After each, the fake score learns
+            what the student draws now, and the direction is taken again against it.
+        steps_per_generation (`int`, *optional*):
+            Batches that are drawn, one a step, before the first of them is used again; `gradient_accumulation_steps`
+            by default, and a multiple of it.
+        importance_sampling_level (`str`, *optional*, defaults to `"element"`):
+            What the importance ratio of a used rollout is of: `"element"`, each latent element; `"step"`, the mean
+            log-probability over elements (DDPO, Flow-GRPO); `"sequence"`, the full density; `"none"`, always 1.
+        epsilon (`float`, *optional*):
+            Clip range of the importance ratio; by default `1e-4` for `"step"`, whose ratios hardly leave 1, and `0.2`
+            for the others.
+        epsilon_high (`float`, *optional*):
+            Upper clip range, where it differs from the lower one.
+        target_kl (`float`, *optional*):
+            Trust region: once the logged `ratio/kl`, the divergence per element from the policy that acted, exceeds
+            it, the remaining updates of the loop draw rollouts of their own.
+
         > Parameters that control distribution matching
 
         dm_weight (`float`, *optional*, defaults to `1.0`):
@@ -101,8 +121,6 @@ class RdmDistillConfig(TrainingArguments):
             How `reward_mixing="sum"` makes one advantage of several black-box rewards, with GRPO's formulas:
             `"normalize_then_sum"`, or GRPO's own default `"sum_then_normalize"`, with which the reward of the largest
             scale wins. The sum then counts with the rewards' total weight. The other mixings normalise each reward.
-        epsilon (`float`, *optional*, defaults to `1e-4`):
-            Clip range of the importance ratio (of densities averaged over elements, as in DDPO).
 
         > Parameters that control evaluation and logging
 
@@ -146,6 +164,27 @@ class RdmDistillConfig(TrainingArguments):
     )
     negative_prompts: str = field(default="", metadata={"help": "Negative prompt of the teacher's guidance."})
     num_generations: int = field(default=4, metadata={"help": "Images per prompt: the group."})
+
+    # Parameters that control importance sampling
+    num_iterations: int = field(default=1, metadata={"help": "Updates that learn from one rollout."})
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={"help": "Batches drawn before one is used again; `gradient_accumulation_steps` by default."},
+    )
+    importance_sampling_level: str = field(
+        default="element",
+        metadata={
+            "help": "What the importance ratio is of.",
+            "choices": ["element", "step", "sequence", "none"],
+        },
+    )
+    epsilon: float | None = field(
+        default=None, metadata={"help": "Clip range of the importance ratio: 0.2, or 1e-4 at the level `step`."}
+    )
+    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; as the lower by default."})
+    target_kl: float | None = field(
+        default=None, metadata={"help": "Divergence from the acting policy that ends the use of a rollout."}
+    )
 
     # Parameters that control distribution matching
     dm_weight: float = field(default=1.0, metadata={"help": "Weight of distribution matching."})
@@ -225,7 +264,6 @@ class RdmDistillConfig(TrainingArguments):
         default="group",
         metadata={"help": "Whose standard deviation divides the advantage.", "choices": ["group", "batch", "none"]},
     )
-    epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the importance ratio."})
 
     # Parameters that control evaluation and logging
     teacher_num_steps: int = field(default=25, metadata={"help": "Denoising steps of the teacher's own samples."})
@@ -247,6 +285,7 @@ class RdmDistillConfig(TrainingArguments):
             ("dm_normalization", ("group", "sample", "batch", "none")),
             ("dm_timestep_sampling", ("uniform", "stratified", "shared")),
             ("dm_estimator", ("pathwise", "policy_gradient")),
+            ("importance_sampling_level", ("element", "step", "sequence", "none")),
             ("scale_rewards", ("group", "batch", "none")),
             ("reward_mixing", ("sum", "adaptive", "constrained")),
             ("multi_objective_aggregation", ("normalize_then_sum", "sum_then_normalize")),
@@ -256,9 +295,14 @@ class RdmDistillConfig(TrainingArguments):
                 raise ValueError(f"`{name}` is {value!r}, but must be one of {', '.join(choices)}.")
         if self.teacher_guidance_scale is None:
             self.teacher_guidance_scale = self.sample_guidance_scale
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        if self.epsilon is None:
+            self.epsilon = 1e-4 if self.importance_sampling_level == "step" else 0.2
         for name, smallest in (
             ("sample_num_steps", 1),
             ("num_generations", 1),
+            ("num_iterations", 1),
             ("fake_updates", 1),
             ("teacher_num_steps", 1),
             ("num_eval_images", 2),
@@ -289,7 +333,13 @@ class RdmDistillConfig(TrainingArguments):
             )
         if (self.reward_mixing == "constrained") != (self.target_dm is not None):
             raise ValueError("`target_dm` is the budget of `reward_mixing='constrained'`: give both or neither.")
-        for name in ("target_dm", "reward_timeout", "reward_gradient_steps"):
+        if self.steps_per_generation < 1 or self.steps_per_generation % self.gradient_accumulation_steps != 0:
+            raise ValueError(
+                f"`steps_per_generation` ({self.steps_per_generation}) must be a multiple of "
+                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}): an update never mixes new "
+                "rollouts with used ones."
+            )
+        for name in ("epsilon", "epsilon_high", "target_kl", "target_dm", "reward_timeout", "reward_gradient_steps"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be positive.")
         if self.dm_estimator == "policy_gradient" and self.num_generations < 2:
@@ -298,14 +348,19 @@ class RdmDistillConfig(TrainingArguments):
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}, but must be in [0, 1).")
-        if self.epsilon <= 0:
-            raise ValueError(f"`epsilon` is {self.epsilon}, but must be positive.")
+        if self.dm_estimator == "policy_gradient" and self.num_iterations > 1:
+            raise ValueError("`dm_estimator='policy_gradient'` is on-policy here: `num_iterations` must be 1.")
         if self.fp16:
             raise ValueError("`fp16` is not supported: its gradients under- and overflow here. Use `bf16`.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must stay off: rewards may read the data set's other columns.")
         if Path(self.output_dir).is_file():
             raise ValueError(f"`output_dir` is a file: {self.output_dir}. Give a folder.")
+
+    @property
+    def prompts_per_generation(self) -> int:
+        """Prompts of all processes that are drawn before one of their rollouts is used again."""
+        return self.per_device_train_batch_size // self.num_generations * self.world_size * self.steps_per_generation
 
     def to_dict(self):
         """As in `TrainingArguments`, with functions among `reward_funcs` by name, for logs and checkpoints."""

@@ -13,11 +13,17 @@ def student_loss(x0: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
     return 0.5 * F.mse_loss(x0.float(), (x0 + advantage).detach().float())
 
 
-def clipped_policy_loss(advantages: torch.Tensor, ratio: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """PPO's clipped objective, negated: `advantages` and `ratio` (B,) of new to old probabilities."""
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - epsilon, 1 + epsilon)
-    return torch.maximum(unclipped, clipped).mean()
+def clip_ratio(ratio: torch.Tensor, epsilon: float, epsilon_high: float | None = None) -> torch.Tensor:
+    """`ratio` within `[1 - epsilon, 1 + epsilon_high]`, by default `epsilon` too: truncated importance weights."""
+    return ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))
+
+
+def clipped_policy_loss(
+    advantages: torch.Tensor, ratio: torch.Tensor, epsilon: float, epsilon_high: float | None = None
+) -> torch.Tensor:
+    """PPO's clipped objective, negated: `advantages` (B,) and `ratio` (B, ...) of new to old probabilities."""
+    advantages = advantages.view(-1, *(1,) * (ratio.ndim - 1))
+    return torch.maximum(-advantages * ratio, -advantages * clip_ratio(ratio, epsilon, epsilon_high)).mean()
 
 
 def denoising_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -122,6 +122,57 @@ def log_prob(next_latents: torch.Tensor, x0: torch.Tensor, next_timesteps: torch
     return density.flatten(1).mean(1)
 
 
+def log_ratio(action, x0, old_x0, timesteps: torch.Tensor, process: NoiseProcess) -> torch.Tensor:
+    r"""
+    Log of the importance ratio of each element (B, ...) in fp32: how much likelier `action` is under the policy that
+    predicts `x0` than under the one that predicted `old_x0`, \\(\frac{|u - a G_{old}|^2 - |u - a G|^2}{2 b^2}\\). The
+    policy factorises over elements: their sum is the ratio of the densities. Exactly 0 where the two agree.
+
+    Args:
+        action, x0, old_x0 (B, ...): the action is an image noised to `timesteps` (B,).
+    """
+    a, b = process.coefficients(timesteps, x0)
+    action, x0, old_x0 = action.float(), x0.float(), old_x0.float()
+    return ((action - a * old_x0).square() - (action - a * x0).square()) / (2 * b.square())
+
+
+def importance_ratio(log_ratio: torch.Tensor, level: str) -> torch.Tensor:
+    """
+    The ratio that weighs a sample, from the elements' `log_ratio` (B, ...).
+
+    Args:
+        level (`str`): `"element"`, each element its own (B, ...); `"step"`, one an image from the mean over elements
+            (DDPO, Flow-GRPO), which hardly leaves 1; `"sequence"`, the ratio of the full densities, exact but of a
+            variance that grows with the number of elements; `"none"`, 1. The last three are (B, 1, ...).
+
+    The gradient is at all levels, where the ratio is 1, that of the mean log-probability: a level corrects the
+    weight of a sample and does not change the learning rate.
+    """
+    if level == "element":
+        return log_ratio.exp()
+    dims = tuple(range(1, log_ratio.ndim))
+    mean = log_ratio.mean(dims, keepdim=True)
+    if level == "step":
+        return mean.exp()
+    weight = log_ratio.sum(dims, keepdim=True).exp() if level == "sequence" else torch.ones_like(mean)
+    return weight.detach() * (mean - mean.detach()).exp()
+
+
+def action_kl(x0, old_x0, timesteps: torch.Tensor, process: NoiseProcess) -> torch.Tensor:
+    r"""KL divergence (B,) between new and old policy per element, exact: \\(\frac{a^2}{2 b^2 D}|G - G_{old}|^2\\)."""
+    a, b = process.coefficients(timesteps, x0)
+    return 0.5 * (a / b * (x0.float() - old_x0.float())).square().flatten(1).mean(1)
+
+
+def ratio_figures(ratio: torch.Tensor, clipped: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is logged of importance ratios: mean, share that was `clipped`, effective sample size as a fraction."""
+    return {
+        "ratio/mean": ratio.mean(),
+        "ratio/clipped": (clipped != ratio).float().mean(),
+        "ratio/effective_samples": ratio.sum().square() / ratio.square().sum() / ratio.numel(),
+    }
+
+
 def score_direction(advantage: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, process: NoiseProcess):
     r"""
     The policy gradient of a scalar `advantage` (B,) as a direction (B, ...) of x0, where the action is x0 noised by

@@ -15,24 +15,25 @@ from accelerate.utils import broadcast_object_list, gather, set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, get_scheduler
 
-from . import evaluation, losses, matching, policy
-from .advantages import Feedback, normalize_rewards
+from . import checkpoint, evaluation, losses, matching, policy
+from .advantages import Feedback
 from .callbacks import DriftWarningCallback, EmaCallback, ImageTracker, SampleGridCallback
 from .config import RdmDistillConfig
+from .ddpo import generate_samples, policy_loss
 from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
 from .diffusion import NoiseProcess, make_student_scheduler
+from .experience import Experience
 from .fake_score import FakeScore
 from .hub import model_card, run_settings, write_metrics
 from .pipelines import family_of
 from .prompts import PromptCache, PromptSampler, check_prompts, split_rows, training_prompts
 from .rewards import RewardFunction, resolve_reward
-from .rewards.panel import RewardPanel, over_processes
-from .roles import ADAPTERS, Roles
+from .rewards.panel import RewardPanel, distribution_matching_push
+from .roles import Roles
 
 
 class RdmDistillTrainer(Trainer):
@@ -41,7 +42,8 @@ class RdmDistillTrainer(Trainer):
 
     One update: the student's rollout (no gradient), R_dm's direction from teacher and fake score, its normalisation
     over the prompt's group, one student update along it, and `fake_updates` updates of the fake score on the same
-    images. The constructor follows TRL's former `DDPOTrainer`.
+    images. With `num_iterations` above 1 a rollout and the teacher's judgement of it serve as many updates. The
+    constructor follows TRL's former `DDPOTrainer`.
 
     Example:
 
@@ -115,9 +117,10 @@ class RdmDistillTrainer(Trainer):
         self.prompt_fn = prompt_function
         if train_dataset is None and prompt_function is None and self.is_demo:
             train_dataset = Dataset.from_dict({"prompt": DEMO_PROMPTS})
-        num_prompts = config.per_device_train_batch_size // config.num_generations * config.world_size
+        updates = -(-config.max_steps * config.gradient_accumulation_steps // config.num_iterations)
+        in_all = -(-updates // config.steps_per_generation) * config.prompts_per_generation
         train_dataset = training_prompts(
-            prompt_function, train_dataset, num_prompts, config.max_steps * num_prompts, config.seed
+            prompt_function, train_dataset, config.prompts_per_generation, in_all, config.seed
         )
         eval_dataset = check_prompts(eval_dataset, "eval_dataset") if eval_dataset is not None else train_dataset
 
@@ -151,6 +154,7 @@ class RdmDistillTrainer(Trainer):
             self.judge = evaluation.Judge(evaluation.PretrainedFeatures(config.eval_feature_model))
         self.metrics = {}
         self.cost = {"updates": 0, "rollouts": 0, "teacher_evaluations": 0, "seconds": 0.0}
+        self._experiences, self._trusted, self._accumulated = [], True, 0
         self._fake_batches = []
         self._measured = {}
         self._records = defaultdict(list)
@@ -163,7 +167,8 @@ class RdmDistillTrainer(Trainer):
             train_dataset if train_dataset is not None else self.train_dataset,
             lambda: int(self.state.epoch or 0),
             mini_repeat_count=args.num_generations,
-            batch_size=args.per_device_train_batch_size // args.num_generations * args.world_size,
+            batch_size=args.prompts_per_generation,
+            repeat_count=args.num_iterations,
             seed=args.seed,
         )
 
@@ -190,7 +195,9 @@ class RdmDistillTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         start = time.perf_counter()
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._accumulated += 1
         if self.accelerator.sync_gradients:
+            self._accumulated = 0
             gradients = [p.grad for p in self.model.adapter_parameters("student") if p.grad is not None]
             self._check_finite("student's gradient", torch.nn.utils.get_total_norm(gradients)[None])
             self.update_fake()
@@ -201,7 +208,23 @@ class RdmDistillTrainer(Trainer):
         return loss
 
     def _prepare_inputs(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Sample and score: all that the student's update needs, computed without gradient."""
+        """The experience that this step learns from, new or used again, and what it says to the student now."""
+        args = self.args
+        step = self.state.global_step * args.gradient_accumulation_steps + self._accumulated
+        position = step % (args.steps_per_generation * args.num_iterations)
+        if position == 0:
+            self._experiences, self._trusted = [], True
+        if position >= args.steps_per_generation and self._trusted:
+            experience = self._experiences[position % args.steps_per_generation]
+        else:
+            experience = self._collect(rows)
+            if args.num_iterations > 1 and self._trusted:
+                self._experiences.append(experience)
+        return {"experience": experience, "feedback": self._feedback(experience)}
+
+    @torch.no_grad()
+    def _collect(self, rows: list[dict[str, Any]]) -> Experience:
+        """A rollout of the student, judged by the rewards and the teacher."""
         args, device = self.args, self.accelerator.device
         prompts, metadata = split_rows(rows)
         num_groups = len(prompts) // args.num_generations
@@ -213,11 +236,10 @@ class RdmDistillTrainer(Trainer):
         complete = shows or (asked and bool(self.rewards.black_boxes))
         exit_steps = policy.draw_exit_steps(num_groups, args.num_generations, args.sample_num_steps)
         images, answers, seen = None, None, torch.zeros(len(exit_steps))
-        with torch.no_grad(), self.accelerator.autocast():
-            rollout = self._rollout(condition, exit_steps.to(device), complete)
+        with self.accelerator.autocast():
+            rollout = self.rollout(condition, exit_steps.to(device), complete)
         if complete:
-            with torch.no_grad():
-                images = self.family.decode(rollout.latents[:, -1])
+            images = self.family.decode(rollout.latents[:, -1])
             self._record("x0/saturation", ((images < 1 / 255) | (images > 254 / 255)).float().mean())
         if asked and self.rewards.black_boxes:
             answers = self.rewards.score_black_boxes.start(images, prompts, metadata)
@@ -227,54 +249,54 @@ class RdmDistillTrainer(Trainer):
         fractions = matching.draw_fractions(
             num_groups, args.num_generations, args.dm_timestep_sampling, seen.clamp(min=low), high
         )
-        timesteps = self.process.timesteps_at(fractions).to(device)
-        with torch.no_grad(), self.accelerator.autocast():
-            dm, probe = self._match(rollout.x0, timesteps, condition, prompts)
+        timesteps, noise = self.process.timesteps_at(fractions).to(device), torch.randn_like(rollout.x0)
+        with self.accelerator.autocast():
+            x_t = self.process.add_noise(rollout.x0, noise, timesteps)
+            teacher = self.predict_teacher(x_t, timesteps, condition)
 
-        feedback = Feedback(args.dm_weight * dm, torch.zeros(len(dm), device=device))
-        rewards, reward_metadata = dm.new_full((len(dm), len(self.rewards.functions)), torch.nan), {}
+        rewards, reward_metadata = torch.full((len(prompts), len(self.rewards.functions)), torch.nan), {}
+        pushes = None
         if asked:
             rewards, pushes, reward_metadata = self.rewards.ask(
                 answers, rollout.x0, self.family.decode, prompts, metadata
             )
-            if self.state.global_step >= args.reward_warmup:
-                feedback = self.rewards.mix(dm, pushes, rollout, self.process, probe.reward)
             for name, value in self.rewards.figures(gather(rewards)).items():
                 self._record(name, value)
+        if self.state.global_step < args.reward_warmup:
+            pushes = None
         if shows and self.is_world_process_zero():
             shown = rewards[:, 0] if rewards.shape[1] == 1 else rewards
             self.image_samples_callback(
                 [[images, prompts, metadata, shown, reward_metadata]], self.state.global_step, ImageTracker(self)
             )
-        self._fake_batches.append((rollout.x0, condition, seen))
-        for name, value in {**probe.figures(), **rollout.figures(args.num_generations)}.items():
+        for name, value in rollout.figures(args.num_generations).items():
             self._record(name, value)
-        return dict(prompts=prompts, condition=condition, rollout=rollout, timesteps=timesteps, feedback=feedback)
+        return Experience(prompts, condition, rollout, seen, timesteps, noise, teacher, pushes)
 
-    def _match(self, x0, timesteps, condition, prompts: list[str]) -> tuple[torch.Tensor, matching.Probe]:
-        """Distribution matching's normalised push on `x0` (B, ...), and the probe that it comes from."""
-        args, noise = self.args, torch.randn_like(x0)
-        probe = matching.probe(
-            lambda x_t, t: self.predict_teacher(x_t, t, condition),
-            lambda x_t, t: self.predict_x0(self.model, "fake", x_t, t, condition),
-            self.process,
-            x0,
-            noise,
-            timesteps,
-        )
-        self._check_finite("R_dm", probe.direction.flatten(1).abs().sum(1), prompts)
-        if args.dm_estimator == "policy_gradient":
+    def _feedback(self, experience: Experience) -> Feedback:
+        """What `experience` says to the student, against the fake score of now."""
+        args, timesteps, rollout = self.args, experience.timesteps, experience.rollout
+        with torch.no_grad(), self.accelerator.autocast():
+            probe = matching.probe(
+                lambda x_t, t: experience.teacher,
+                lambda x_t, t: self.predict_x0(self.model, "fake", x_t, t, experience.condition),
+                self.process,
+                rollout.x0,
+                experience.noise,
+                timesteps,
+            )
+        self._check_finite("R_dm", probe.direction.flatten(1).abs().sum(1), experience.prompts)
+        for name, value in probe.figures().items():
+            self._record(name, value)
+        dm = distribution_matching_push(probe, experience, self.process, args)
+        if experience.pushes is None:
+            return Feedback(args.dm_weight * dm, torch.zeros(len(dm), device=dm.device))
+        feedback = self.rewards.mix(dm, experience.pushes, rollout, self.process, probe.reward)
+        for name, value in self.rewards.mixing_figures().items():
+            self._record(name, value)
+        return feedback
 
-            def advantages(rewards):
-                return normalize_rewards(rewards, args.num_generations, args.scale_rewards)
-
-            advantage = over_processes(advantages, probe.reward[:, None]).squeeze(1)
-            return policy.score_direction(advantage, noise, timesteps, self.process), probe
-        if args.dm_normalization == "batch":
-            probe.scale = gather(probe.scale).mean().expand_as(probe.scale)
-        return matching.normalize(probe, args.dm_normalization, args.num_generations), probe
-
-    def _rollout(self, condition: dict[str, torch.Tensor], exit_steps: torch.Tensor, complete: bool):
+    def rollout(self, condition: dict[str, torch.Tensor], exit_steps: torch.Tensor, complete: bool):
         shape = (len(exit_steps), self.args.sample_num_steps, *self.family.latent_shape)
         noise = torch.randn(shape, device=self.accelerator.device)
         self.cost["rollouts"] += len(exit_steps)
@@ -286,25 +308,44 @@ class RdmDistillTrainer(Trainer):
         return policy.rollout(predict, self.process, self.student_timesteps, noise, exit_steps, complete)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        rollout = inputs["rollout"]
-        x0 = self.predict_x0(model, "student", rollout.exit_latents, rollout.exit_timesteps, inputs["condition"])
-        loss = losses.student_loss(x0, inputs["feedback"].direction)
+        args, experience, feedback = self.args, inputs["experience"], inputs["feedback"]
+        rollout, timesteps = experience.rollout, experience.timesteps
+        x0 = self.predict_x0(model, "student", rollout.exit_latents, rollout.exit_timesteps, experience.condition)
+        first, fresh = experience.old_x0 is None, x0.detach()
+        self._check_finite("student's prediction", fresh.flatten(1).sum(1), experience.prompts)
+        direction = feedback.direction
+        if first:
+            experience.old_x0 = fresh
+        else:
+            action = self.process.add_noise(rollout.x0, experience.noise, timesteps)
+            log_ratio = policy.log_ratio(action, fresh, experience.old_x0, timesteps, self.process)
+            ratio = policy.importance_ratio(log_ratio, args.importance_sampling_level)
+            weight = losses.clip_ratio(ratio, args.epsilon, args.epsilon_high)
+            direction = weight * direction
+            for name, value in policy.ratio_figures(ratio, weight).items():
+                self._record(name, value)
+            kl = gather(policy.action_kl(fresh, experience.old_x0, timesteps, self.process)).mean()
+            self._record("ratio/kl", kl)
+            # Too far from the policy that acted: the rest of the loop gets rollouts of its own.
+            self._trusted &= args.target_kl is None or bool(kl <= args.target_kl)
+        loss = losses.student_loss(x0, direction)
         if self.rewards.black_boxes:
-            loss = loss + self._transition_loss(x0, rollout, inputs["feedback"].advantage)
-        self._check_finite("student's prediction", x0.detach().flatten(1).sum(1), inputs["prompts"])
+            loss = loss + self._transition_loss(x0, experience, feedback.advantage)
+        # What this forward pass shows of the student is what its fake score has to know next.
+        self._fake_batches.append((rollout.x0 if first else fresh, experience.condition, experience.seen))
         self._record("loss/student", loss)
         return (loss, x0) if return_outputs else loss
 
-    def _transition_loss(self, x0: torch.Tensor, rollout: policy.Rollout, advantages: torch.Tensor) -> torch.Tensor:
+    def _transition_loss(self, x0: torch.Tensor, experience: Experience, advantages: torch.Tensor) -> torch.Tensor:
         """Policy gradient of the rewards, over the images whose exit step has a stochastic transition behind it."""
+        rollout = experience.rollout
         rows = (rollout.exit_steps + 1 < len(rollout.timesteps)).nonzero().squeeze(1)
         if len(rows) == 0:
             return x0.sum() * 0
         following = rollout.exit_steps[rows] + 1
-        next_timesteps = rollout.timesteps[following]
-        next_latents = rollout.latents[rows, following]
-        log_prob = policy.log_prob(next_latents, x0[rows], next_timesteps, self.process)
-        ratio = torch.exp(log_prob - log_prob.detach())  # one update a rollout: the old policy is the present one
+        action, next_timesteps = rollout.latents[rows, following], rollout.timesteps[following]
+        log_ratio = policy.log_ratio(action, x0[rows], experience.old_x0[rows], next_timesteps, self.process)
+        ratio = policy.importance_ratio(log_ratio, self.args.importance_sampling_level)
         # Counted over the whole batch, as the distribution-matching loss is.
         return self.loss(advantages[rows], self.args.epsilon, ratio) * len(rows) / len(x0)
 
@@ -359,8 +400,8 @@ class RdmDistillTrainer(Trainer):
         return [self.rewards.score(*pair) for pair in prompt_image_pairs]
 
     def loss(self, advantages: torch.Tensor, clip_range: float, ratio: torch.Tensor) -> torch.Tensor:
-        """PPO's clipped loss of `advantages` and importance `ratio` (B,); used for every scalar reward."""
-        return losses.clipped_policy_loss(advantages, ratio, clip_range)
+        """PPO's clipped loss of `advantages` (B,) and importance `ratio` (B, ...), for every scalar reward."""
+        return losses.clipped_policy_loss(advantages, ratio, clip_range, self.args.epsilon_high)
 
     def calculate_loss(self, latents, timesteps, next_latents, log_probs, advantages, embeds):
         """
@@ -375,18 +416,7 @@ class RdmDistillTrainer(Trainer):
         Returns:
             `(loss, approx_kl, clipfrac)`.
         """
-        condition = embeds if isinstance(embeds, dict) else {"prompt_embeds": embeds}
-        step = (timesteps[:, None] == self.student_timesteps).long().argmax(1)
-        if (step + 1 >= len(self.student_timesteps)).any():
-            raise ValueError("The last denoising step is deterministic: it has no log-probability.")
-        with self.accelerator.autocast():
-            x0 = self.predict_x0(self.model, "student", latents, timesteps, condition)
-        log_prob = policy.log_prob(next_latents, x0, self.student_timesteps[step + 1], self.process)
-        ratio = torch.exp(log_prob - log_probs)
-        loss = self.loss(advantages, self.args.epsilon, ratio)
-        approx_kl = 0.5 * (log_prob - log_probs).square().mean()
-        clipfrac = ((ratio - 1).abs() > self.args.epsilon).float().mean()
-        return loss, approx_kl, clipfrac
+        return policy_loss(self, latents, timesteps, next_latents, log_probs, advantages, embeds)
 
     def _generate_samples(self, iterations: int, batch_size: int) -> tuple[list[dict], list]:
         """
@@ -397,38 +427,7 @@ class RdmDistillTrainer(Trainer):
             conditions (`prompt_embeds`), `timesteps` (B, T), `latents` and `next_latents` (B, T, ...), `log_probs` (B,
             T) and `negative_prompt_embeds`; and `[images, prompts, metadata]` of each batch.
         """
-        samples, pairs = [], []
-        for _ in range(iterations):
-            rows = [self.train_dataset[i] for i in torch.randint(len(self.train_dataset), (batch_size,)).tolist()]
-            prompts, metadata = split_rows(rows)
-            condition = self.encode(prompts)
-            last = len(self.student_timesteps) - 1
-            exit_steps = torch.full((batch_size,), last, device=self.accelerator.device)
-            with torch.no_grad(), self.accelerator.autocast():
-                rollout = self._rollout(condition, exit_steps, complete=True)
-                log_probs = []
-                for k in range(last):
-                    t = self.student_timesteps[k].expand(batch_size)
-                    x0 = self.predict_x0(self.model, "student", rollout.latents[:, k], t, condition)
-                    next_t = self.student_timesteps[k + 1].expand(batch_size)
-                    log_probs.append(policy.log_prob(rollout.latents[:, k + 1], x0, next_t, self.process))
-            tokenizer = self.sd_pipeline.tokenizer
-            samples.append(
-                {
-                    "prompt_ids": tokenizer(
-                        prompts, padding="max_length", truncation=True, return_tensors="pt"
-                    ).input_ids,
-                    **condition,
-                    "timesteps": self.student_timesteps[:last].expand(batch_size, -1),
-                    "latents": rollout.latents[:, :last],
-                    "next_latents": rollout.latents[:, 1 : last + 1],
-                    "log_probs": torch.stack(log_probs, 1) if last else torch.zeros(batch_size, 0),
-                    "negative_prompt_embeds": self.encode([self.args.negative_prompts] * batch_size)["prompt_embeds"],
-                }
-            )
-            with torch.no_grad():
-                pairs.append([self.family.decode(rollout.latents[:, -1]), prompts, metadata])
-        return samples, pairs
+        return generate_samples(self, iterations, batch_size)
 
     # ------------------------------------------------------------------------------------------- look, measure and log
 
@@ -574,27 +573,29 @@ class RdmDistillTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            folder = Path(output_dir)
-            adapters = {
-                f"{name}.{key}": value.contiguous()
-                for name in ADAPTERS
-                for key, value in self.model.adapter_state(name).items()
-            }
-            save_file(adapters, folder / "adapters.safetensors")
-            torch.save(self.fake_score.state_dict(), folder / "fake_optimizer.pt")
-            save_file(self.rewards.mixer.state, folder / "mixer.safetensors")
+            checkpoint.save_training_state(Path(output_dir), self.model, self.fake_score, self.rewards.mixer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
-        state = load_file(Path(resume_from_checkpoint) / "adapters.safetensors")
-        for name in ADAPTERS:
-            adapter = {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}.")}
-            self.model.load_adapter(name, adapter)
-        self.cost = json.loads((Path(resume_from_checkpoint) / "metrics.json").read_text())["cost"]
+        folder = Path(resume_from_checkpoint)
+        checkpoint.load_adapters(folder, self.model)
+        self.cost = json.loads((folder / "metrics.json").read_text())["cost"]
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+    def _load_optimizer_and_scheduler(self, folder: str | None):
+        super()._load_optimizer_and_scheduler(folder)
+        if folder is not None:
             device = self.accelerator.device
-            state = torch.load(Path(checkpoint) / "fake_optimizer.pt", map_location=device, weights_only=True)
-            self.fake_score.load_state_dict(state)
-            self.rewards.mixer.load_state(load_file(Path(checkpoint) / "mixer.safetensors"))
+            checkpoint.load_training_state(Path(folder), self.fake_score, self.rewards.mixer, device)
+
+    def _experience_file(self, folder: str) -> Path:
+        return Path(folder) / f"experience_{self.accelerator.process_index}.pt"
+
+    def _save_rng_state(self, output_dir: str):
+        super()._save_rng_state(output_dir)
+        if self.args.num_iterations > 1:  # in the middle of its use, a rollout cannot be drawn again
+            checkpoint.save_experiences(self._experience_file(output_dir), self._experiences, self._trusted)
+
+    def _load_rng_state(self, folder: str | None):
+        super()._load_rng_state(folder)
+        if folder is not None and self.args.num_iterations > 1:
+            device = self.accelerator.device
+            self._experiences, self._trusted = checkpoint.load_experiences(self._experience_file(folder), device)

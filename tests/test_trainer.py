@@ -118,8 +118,8 @@ def test_the_student_is_trained_along_the_normalised_direction(tmp_path):
 
     # Again with the same draws, by peft's public switches and the definitions of GNDM.
     unet, process = trainer.model.denoiser, NoiseProcess(trainer.sd_pipeline.scheduler)
-    rollout = inputs["rollout"]
-    embeds = trainer.family.encode_prompts(inputs["prompts"])["prompt_embeds"]
+    rollout = inputs["experience"].rollout
+    embeds = trainer.family.encode_prompts(inputs["experience"].prompts)["prompt_embeds"]
     empty = trainer.family.encode_prompts([""])["prompt_embeds"].expand_as(embeds)
     torch.manual_seed(7)
     policy.draw_exit_steps(2, 4, 4)
@@ -160,11 +160,10 @@ def test_an_exit_steps_images_are_matched_only_where_the_next_step_sees_them(tmp
     # Both scores are evaluated there only: no call below an image's level.
     for subintervals, lowest in ((True, [749, 499, 249, 0]), (False, [0, 0, 0, 0])):
         trainer = make_trainer(tmp_path, dm_subintervals=subintervals, per_device_train_batch_size=32)
-        inputs = [trainer._prepare_inputs([{"prompt": "a"}] * 32) for _ in range(8)]
+        found = [trainer._prepare_inputs([{"prompt": "a"}] * 32)["experience"] for _ in range(8)]
         for step, low in enumerate(lowest):
-            levels = torch.cat([i["timesteps"][i["rollout"].exit_steps == step] for i in inputs])
+            levels = torch.cat([e.timesteps[e.rollout.exit_steps == step] for e in found])
             assert levels.min() >= low and levels.min() < low + 100
-        trainer._fake_batches.clear()
 
     # The fake score is trained there too: no call below an image's level.
     trainer = make_trainer(tmp_path)
@@ -194,10 +193,19 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
         torch.testing.assert_close(states[1][key], value, atol=1e-7, rtol=1e-5)
 
 
-def test_resume_continues_the_run(tmp_path):
+@pytest.mark.parametrize(
+    "reuse",
+    [
+        {},  # 3 updates an epoch: the stop is within the second
+        dict(num_iterations=4, steps_per_generation=2),  # the stop is between two uses of a rollout
+        dict(num_iterations=4, target_kl=1e-9),  # and behind the point where its use has ended early
+        dict(num_iterations=3, gradient_accumulation_steps=2, activation_checkpointing=True),
+    ],
+)
+def test_resume_continues_the_run(tmp_path, reuse):
     """5 + 3 updates with a stop between are 8 updates, with the mixing's running statistics and multiplier."""
-    prompts = [f"a {i}" for i in range(7)]  # 3 updates an epoch: the stop is within the second
-    mixing = dict(reward_mixing="constrained", target_dm=0.1, save_strategy="steps", save_steps=5)
+    prompts = [f"a {i}" for i in range(7)]
+    mixing = dict(reward_mixing="constrained", target_dm=0.1, save_strategy="steps", save_steps=5, **reuse)
 
     def bright(images, prompts, metadata):
         return images.mean((1, 2, 3))

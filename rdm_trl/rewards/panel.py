@@ -8,10 +8,12 @@ from accelerate import PartialState
 from accelerate.utils import gather, reduce
 from transformers.utils import logging
 
+from .. import matching, policy
 from .._trl import nanstd
 from ..advantages import Feedback, Mixer, group_advantages, normalize_rewards
 from ..config import RdmDistillConfig
 from ..diffusion import NoiseProcess
+from ..experience import Experience
 from ..policy import Rollout
 from . import RewardFunction, Scorer, is_differentiable, reward_gradient
 
@@ -23,6 +25,22 @@ def over_processes(function: Callable, values: torch.Tensor) -> torch.Tensor:
     """`function` of the rows (B, ...) of all processes; this process's rows of its result."""
     start = PartialState().process_index * len(values)
     return function(gather(values))[start : start + len(values)]
+
+
+def distribution_matching_push(
+    probe: matching.Probe, experience: Experience, process: NoiseProcess, config: RdmDistillConfig
+) -> torch.Tensor:
+    """R_dm's push on x0 (B, ...): its normalised direction, or by the policy gradient of its scalar estimate."""
+    if config.dm_estimator == "policy_gradient":
+
+        def advantages(rewards):
+            return normalize_rewards(rewards, config.num_generations, config.scale_rewards)
+
+        advantage = over_processes(advantages, probe.reward[:, None]).squeeze(1)
+        return policy.score_direction(advantage, experience.noise, experience.timesteps, process)
+    if config.dm_normalization == "batch":
+        probe.scale = gather(probe.scale).mean().expand_as(probe.scale)
+    return matching.normalize(probe, config.dm_normalization, config.num_generations)
 
 
 class RewardPanel:
@@ -115,7 +133,7 @@ class RewardPanel:
         return self.mixer(dm, pushes, scale, rollout.exit_steps, dm_reward, lambda sums: reduce(sums, "sum"))
 
     def figures(self, rewards: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is logged of the rewards (B, M) of all processes and of their mixing; warns where one says nothing."""
+        """What is logged of the rewards (B, M) of all processes; warns where one says nothing."""
         figures, zero_std = {}, []
         for i, name in enumerate(self.names):
             figures[f"rewards/{name}/mean"] = rewards[:, i].nanmean()
@@ -134,7 +152,10 @@ class RewardPanel:
         figures["reward"] = total.mean()
         if self.config.num_generations > 1:
             figures["reward_std"] = total.view(-1, self.config.num_generations).std(1).mean()
-        factors = self.mixer.factors().mean(1)
-        figures |= {"dm/multiplier": factors[0], "dm/kl": self.mixer.kl}
-        figures |= {f"reward_weight/{name}": w for name, w in zip(self.push_names, factors[1:], strict=True)}
         return figures
+
+    def mixing_figures(self) -> dict[str, torch.Tensor]:
+        """What is logged of the mixing: distribution matching's weight and KL estimate, each reward's weight."""
+        factors = self.mixer.factors().mean(1)
+        weights = {f"reward_weight/{name}": w for name, w in zip(self.push_names, factors[1:], strict=True)}
+        return {"dm/multiplier": factors[0], "dm/kl": self.mixer.kl, **weights}

@@ -1,0 +1,44 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""What a checkpoint holds beside `Trainer`'s own files, for an exact resume. Nothing is unpickled from it."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .advantages import Mixer
+from .experience import Experience
+from .fake_score import FakeScore
+from .roles import ADAPTERS, Roles
+
+
+def save_training_state(folder: Path, roles: Roles, fake_score: FakeScore, mixer: Mixer):
+    """All adapters, the fake score's optimizer and the mixing's running averages."""
+    states = {name: roles.adapter_state(name) for name in ADAPTERS}
+    adapters = {f"{name}.{key}": v.contiguous() for name, state in states.items() for key, v in state.items()}
+    save_file(adapters, folder / "adapters.safetensors")
+    torch.save(fake_score.state_dict(), folder / "fake_optimizer.pt")
+    save_file(mixer.state, folder / "mixer.safetensors")
+
+
+def load_adapters(folder: Path, roles: Roles):
+    """Raises `ValueError` where the adapters are not those of `roles`."""
+    state = load_file(folder / "adapters.safetensors")
+    for name in ADAPTERS:
+        roles.load_adapter(name, {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")})
+
+
+def load_training_state(folder: Path, fake_score: FakeScore, mixer: Mixer, device: torch.device):
+    """Raises `ValueError` where other rewards were mixed."""
+    fake_score.load_state_dict(torch.load(folder / "fake_optimizer.pt", map_location=device, weights_only=True))
+    mixer.load_state(load_file(folder / "mixer.safetensors"))
+
+
+def save_experiences(path: Path, experiences: list[Experience], trusted: bool):
+    """The rollouts of one process that later updates use again; `trusted`, whether they still may."""
+    torch.save({"experiences": [experience.state_dict() for experience in experiences], "trusted": trusted}, path)
+
+
+def load_experiences(path: Path, device: torch.device) -> tuple[list[Experience], bool]:
+    state = torch.load(path, map_location=device, weights_only=True)
+    return [Experience.from_state_dict(kept) for kept in state["experiences"]], state["trusted"]

@@ -1,0 +1,58 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""Rollouts and their loss in the form that subclasses of TRL's former `DDPOTrainer` work with."""
+
+import torch
+
+from . import policy
+from .prompts import split_rows
+
+
+@torch.no_grad()
+def generate_samples(trainer, iterations: int, batch_size: int) -> tuple[list[dict], list]:
+    """`RdmDistillTrainer._generate_samples`, which see."""
+    samples, pairs = [], []
+    for _ in range(iterations):
+        rows = [trainer.train_dataset[i] for i in torch.randint(len(trainer.train_dataset), (batch_size,)).tolist()]
+        prompts, metadata = split_rows(rows)
+        condition = trainer.encode(prompts)
+        last = len(trainer.student_timesteps) - 1
+        exit_steps = torch.full((batch_size,), last, device=trainer.accelerator.device)
+        with trainer.accelerator.autocast():
+            rollout = trainer.rollout(condition, exit_steps, complete=True)
+            log_probs = []
+            for k in range(last):
+                t = trainer.student_timesteps[k].expand(batch_size)
+                x0 = trainer.predict_x0(trainer.model, "student", rollout.latents[:, k], t, condition)
+                next_t = trainer.student_timesteps[k + 1].expand(batch_size)
+                log_probs.append(policy.log_prob(rollout.latents[:, k + 1], x0, next_t, trainer.process))
+        tokenizer = trainer.sd_pipeline.tokenizer
+        samples.append(
+            {
+                "prompt_ids": tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids,
+                **condition,
+                "timesteps": trainer.student_timesteps[:last].expand(batch_size, -1),
+                "latents": rollout.latents[:, :last],
+                "next_latents": rollout.latents[:, 1 : last + 1],
+                "log_probs": torch.stack(log_probs, 1) if last else torch.zeros(batch_size, 0),
+                "negative_prompt_embeds": trainer.encode([trainer.args.negative_prompts] * batch_size)[
+                    "prompt_embeds"
+                ],
+            }
+        )
+        pairs.append([trainer.family.decode(rollout.latents[:, -1]), prompts, metadata])
+    return samples, pairs
+
+
+def policy_loss(trainer, latents, timesteps, next_latents, log_probs, advantages, embeds):
+    """`RdmDistillTrainer.calculate_loss`, which see."""
+    condition = embeds if isinstance(embeds, dict) else {"prompt_embeds": embeds}
+    step = (timesteps[:, None] == trainer.student_timesteps).long().argmax(1)
+    if (step + 1 >= len(trainer.student_timesteps)).any():
+        raise ValueError("The last denoising step is deterministic: it has no log-probability.")
+    with trainer.accelerator.autocast():
+        x0 = trainer.predict_x0(trainer.model, "student", latents, timesteps, condition)
+    log_prob = policy.log_prob(next_latents, x0, trainer.student_timesteps[step + 1], trainer.process)
+    ratio, epsilon = torch.exp(log_prob - log_probs), trainer.args.epsilon
+    loss = trainer.loss(advantages, epsilon, ratio)
+    approx_kl = 0.5 * (log_prob - log_probs).square().mean()
+    return loss, approx_kl, ((ratio - 1).abs() > epsilon).float().mean()
