@@ -209,10 +209,10 @@ def _even_grid(shift: float, num_steps: int, num_train_timesteps: int) -> dict[s
     `shift` and `shift_terminal` of a flow-matching scheduler whose own K-step grid is the even one,
     \\(s_k = 1 - k/K\\), under the wanted shift \\(\sigma = m s / (1 + (m - 1) s)\\).
 
-    Such a scheduler spreads K points over \\([s_\min, 1]\\), shifts them by its own \\(m'\\) and then stretches them to
-    end at `shift_terminal`. Both maps are fractional linear in \\(1 - s\\) and keep 0, so that equality asks only for
-    \\((m' - 1) / m' \cdot (1 - s_\min) = (m - 1) / m \cdot (K - 1) / K\\), where \\(s_\min\\) itself is the training
-    range's smallest level shifted by \\(m'\\): a quadratic equation.
+    Such a scheduler spreads K points over \\([s_\min, 1]\\), shifts them by its own \\(m'\\) and then stretches them
+    to end at `shift_terminal`. Both maps are fractional linear in \\(1 - s\\) and keep 0, so that equality asks only
+    for \\((m' - 1) / m' \cdot (1 - s_\min) = (m - 1) / m \cdot (K - 1) / K\\), where \\(s_\min\\) itself is the
+    training range's smallest level shifted by \\(m'\\): a quadratic equation.
     """
     if num_steps == 1:
         return {"shift": 1.0}

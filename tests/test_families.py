@@ -1,6 +1,7 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """Every family against plain diffusers, on tiny random pipelines."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,17 +11,42 @@ from conftest import make_config, make_text_config, make_tiny_pipeline, redness
 from datasets import Dataset
 from diffusers import (
     AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from peft import LoraConfig
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from rdm_trl import RdmDistillTrainer, policy
 from rdm_trl.demo import DEMO_PIPELINE
-from rdm_trl.diffusion import NoiseProcess
+from rdm_trl.diffusion import NoiseProcess, make_student_scheduler
+from rdm_trl.pipelines import family_of
 
 
 # ------------------------------------------------------------------------------------------------------ tiny pipelines
@@ -30,6 +56,21 @@ def clip(seed: int = 0):
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(DEMO_PIPELINE, subfolder="tokenizer")
     return CLIPTextModelWithProjection(make_text_config(tokenizer)).eval(), tokenizer
+
+
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, in place of SentencePiece's."""
+    names = ["<pad>", "</s>", "<unk>", "a", "photo", "of", "bag", "dress", "coat", "tench"]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=16, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
 
 
 def tiny_vae(**options) -> AutoencoderKL:
@@ -71,6 +112,91 @@ def make_sdxl(**options):
     )
 
 
+def make_sd3(**options):
+    (text_encoder, tokenizer), (text_encoder_2, tokenizer_2) = clip(1), clip(2)
+    transformer = SD3Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    )
+    return StableDiffusion3Pipeline(
+        transformer,
+        FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **options}),
+        tiny_vae(shift_factor=0.1),
+        text_encoder,
+        tokenizer,
+        text_encoder_2,
+        tokenizer_2,
+        t5(),
+        words(),
+    )
+
+
+def make_flux(guidance_embeds=True, **options):
+    _, tokenizer = clip()
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 4, 8),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, "use_dynamic_shifting": True, **options})
+    text_encoder = CLIPTextModel(make_text_config(tokenizer))
+    pipeline = FluxPipeline(scheduler, tiny_vae(shift_factor=0.1), text_encoder, tokenizer, t5(), words(), transformer)
+    pipeline.default_sample_size = 4
+    return pipeline
+
+
+def make_pixart(**options):
+    transformer = PixArtTransformer2DModel(
+        sample_size=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        cross_attention_dim=16,
+        caption_channels=32,
+        interpolation_scale=1,
+        use_additional_conditions=False,
+    )
+    return PixArtSigmaPipeline(words(), t5(), tiny_vae(), transformer, DPMSolverMultistepScheduler(**options))
+
+
+def make_dit(**options):
+    transformer = DiTTransformer2DModel(
+        sample_size=4, num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1
+    )
+    return DiTPipeline(transformer, tiny_vae(), DDIMScheduler(**options), id2label={0: "tench, Tinca", 7: "cock"})
+
+
+def make_unconditional(pipeline_class, scheduler, channels):
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+    return pipeline_class(unet, scheduler)
+
+
 @dataclass
 class Case:
     """
@@ -78,7 +204,7 @@ class Case:
         make: builds the pipeline.
         guided: `(prompts, scale, negative prompt) -> arguments of the pipeline's call`.
         size: height and width of an image that is not square, or empty.
-        pack: of the initial noise (B, C, H, W) to the denoiser's form.
+        pack: the initial noise (B, C, H, W) to the denoiser's form, where it has one of its own.
         prompts: two.
         negative: negative prompts.
     """
@@ -88,10 +214,9 @@ class Case:
         prompt=prompts, guidance_scale=scale, negative_prompt=[negative] * len(prompts)
     )
     size: dict = field(default_factory=lambda: dict(sample_height=8, sample_width=16))
-    pack: Callable = lambda noise: noise
+    pack: Callable | None = None
     prompts: tuple = ("a photo of a bag", "a dress")
     negative: tuple = ("", "a coat")
-    unguided: float = 1.0
 
 
 def guided_sdxl(prompts, scale, negative):
@@ -99,10 +224,48 @@ def guided_sdxl(prompts, scale, negative):
     return dict(prompt=prompts, guidance_scale=scale, negative_prompt=[negative] * len(prompts) if negative else None)
 
 
+def guided_flux(prompts, scale, negative):
+    return dict(prompt=prompts, guidance_scale=scale)
+
+
+def guided_dit(prompts, scale, negative):
+    return dict(class_labels=[0, 7], guidance_scale=scale)
+
+
+def guided_unconditional(prompts, scale, negative):
+    return dict(batch_size=2)
+
+
+def pack_flux(noise):
+    return FluxPipeline._pack_latents(noise, *noise.shape)
+
+
 CASES = {
     "sd_epsilon": Case(make_tiny_pipeline),
     "sd_v": Case(lambda: make_tiny_pipeline("v_prediction")),
     "sdxl": Case(make_sdxl, guided_sdxl),
+    "sd3": Case(make_sd3),
+    "flux_dev": Case(make_flux, guided_flux, pack=pack_flux, negative=("",)),
+    "flux_schnell": Case(
+        lambda: make_flux(False, shift=1.0, use_dynamic_shifting=False), guided_flux, pack=pack_flux, negative=("",)
+    ),
+    "pixart_sigma": Case(
+        make_pixart,
+        lambda *arguments: {**Case.guided(*arguments), "use_resolution_binning": False},
+    ),
+    "dit": Case(make_dit, guided_dit, size={}, prompts=("0", "7"), negative=("",)),
+    "ddpm": Case(
+        lambda: make_unconditional(DDPMPipeline, DDPMScheduler(clip_sample=False, prediction_type="sample"), 3),
+        guided_unconditional,
+        size={},
+        negative=("",),
+    ),
+    "ddim": Case(
+        lambda: make_unconditional(DDIMPipeline, DDIMScheduler(clip_sample=False, prediction_type="v_prediction"), 1),
+        guided_unconditional,
+        size={},
+        negative=("",),
+    ),
 }
 
 
@@ -198,13 +361,13 @@ def check_teacher(trainer, case, base):
 def rollout_of(trainer, case, prompt, role):
     """Our rollout for the noise that a plain call draws behind `torch.manual_seed(3)`."""
     condition = trainer.encode([prompt])
-    family, factor = trainer.family, trainer.sd_pipeline.components.get("vae") and trainer.sd_pipeline.vae_scale_factor
+    family = trainer.family
     torch.manual_seed(3)
-    if len(family.latent_shape) == 2:
-        channels = family.latent_shape[1] // 4
-        first = case.pack(torch.randn(1, channels, family.height // factor, family.width // factor))
-    else:
-        first = torch.randn(1, *family.latent_shape)
+    first = torch.randn(1, *family.latent_shape)
+    if case.pack is not None:
+        factor = trainer.sd_pipeline.vae_scale_factor
+        torch.manual_seed(3)
+        first = case.pack(torch.randn(1, 4, family.height // factor, family.width // factor))
     noise = [first] + [torch.randn(1, *family.latent_shape) for _ in trainer.student_timesteps[1:]]
 
     def predict(x_t, t, rows):
@@ -226,7 +389,7 @@ def run_card(card):
     scope["pipe"].set_progress_bar_config(disable=True)
     call = call.split(".images[0]")[0].replace("pipe(", "pipe(output_type='pt', ", 1)
     torch.manual_seed(3)
-    return eval(call, scope).images
+    return eval(call, scope).images.expand(-1, 3, -1, -1)  # of grey images three channels
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -264,3 +427,133 @@ def record_steps(scheduler):
 
     scheduler.step = recording
     return seen
+
+
+# ------------------------------------------------------------------------------------------------------ student's grid
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 7])
+@pytest.mark.parametrize(
+    "options, shift",
+    [
+        (dict(shift=1.0), 1.0),
+        (dict(shift=3.0), 3.0),
+        # 16 tokens on the line from 0.5 at 256 tokens to 1.16 at 4096.
+        (dict(use_dynamic_shifting=True, max_shift=1.16), math.exp(0.5 + (16 - 256) * 0.66 / 3840)),
+        (
+            dict(use_dynamic_shifting=True, max_shift=1.16, time_shift_type="linear"),
+            0.5 + (16 - 256) * 0.66 / 3840,
+        ),
+    ],
+)
+def test_sd3s_grid_wastes_no_step(options, shift, num_steps, tmp_path):
+    """The scheduler's own grid would end near 0: 0.0089 for shift 3. Ours is the even grid under the same shift."""
+    pipeline = make_sd3(**options)
+    scheduler = family_of(pipeline, 16, 16).make_student_scheduler(num_steps)
+    even = torch.arange(num_steps, 0, -1) / num_steps
+    expected = shift * even / (1 + (shift - 1) * even)
+    torch.testing.assert_close(scheduler.timesteps, 1000 * expected, atol=1e-3, rtol=0)
+    # What plain diffusers makes of the saved file.
+    scheduler.save_pretrained(tmp_path)
+    pipeline.scheduler = FlowMatchLCMScheduler.from_pretrained(tmp_path)
+    seen = record_steps(pipeline.scheduler)
+    pipeline("a dress", height=16, width=16, num_inference_steps=num_steps, guidance_scale=1.0, output_type="pt")
+    torch.testing.assert_close(torch.stack([t for _, t, _ in seen]), 1000 * expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(shift_terminal=0.02), dict(time_shift_type="linear")])
+def test_fluxs_grid_is_shifted_by_the_size_of_the_image(options, tmp_path):
+    pipeline = make_flux(base_image_seq_len=1, max_image_seq_len=9, base_shift=0.5, max_shift=2.5, **options)
+    family = family_of(pipeline, 8, 16)
+    timesteps = family.make_student_scheduler(4).timesteps
+    mu = 0.5 + 7 * 2.0 / 8  # 2 x 4 tokens
+    even = torch.tensor([1.0, 0.75, 0.5, 0.25])
+    shift = mu if options.get("time_shift_type") == "linear" else math.exp(mu)
+    torch.testing.assert_close(timesteps, 1000 * shift * even / (1 + (shift - 1) * even), atol=1e-3, rtol=0)
+    family.student_scheduler.save_pretrained(tmp_path)
+    pipeline.scheduler = FlowMatchLCMScheduler.from_pretrained(tmp_path)
+    seen = record_steps(pipeline.scheduler)
+    pipeline("a dress", height=8, width=16, num_inference_steps=4, output_type="pt")
+    torch.testing.assert_close(torch.stack([t for _, t, _ in seen]), timesteps)
+
+
+@pytest.mark.parametrize(
+    "name, options, expected",
+    [
+        ("sd_epsilon", dict(sample_timesteps=[999, 600, 100]), [999, 600, 100]),
+        ("pixart_sigma", dict(sample_timesteps=[900, 600, 100]), [900, 600, 100]),
+        ("sd3", dict(sample_sigmas=[1.0, 0.8, 0.3]), [1000, 800, 300]),
+        ("flux_dev", dict(sample_sigmas=[0.9, 0.8, 0.3]), [900, 800, 300]),
+    ],
+)
+def test_a_grid_of_the_users_own(name, options, expected, tmp_path):
+    """It is saved, and the card's call asks for it."""
+    case = CASES[name]
+    make(case).save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, init_lora_weights=False)
+    trainer = make_trainer(case, tmp_path, str(tmp_path / "base"), lora=lora, **options, **case.size)
+    torch.testing.assert_close(trainer.student_timesteps.float(), torch.tensor(expected).float())
+    trainer.save_model()
+    ours, theirs = rollout_of(trainer, case, case.prompts[0], "ema"), run_card(tmp_path / "run" / "README.md")
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    # The pipeline's own number of steps would be another.
+    assert trainer.sample("student", list(case.prompts)).shape == (2, *ours.shape[1:])
+
+
+def test_flow_matching_by_another_scheduler():
+    """Sana's DPM-Solver has `alphas_cumprod` too, but its process is flow matching."""
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    process = NoiseProcess(scheduler)
+    x0, noise, t = torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([250.0])
+    torch.testing.assert_close(process.add_noise(x0, noise, t), torch.full((1, 2), 0.75))
+    student = make_student_scheduler(scheduler, 4)
+    torch.testing.assert_close(student.sigmas[:4], torch.tensor([1.0, 0.9, 0.75, 0.5]))
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(sample_height=8), "Give `sample_height` and `sample_width`, or neither"),
+        (dict(sample_sigmas=[1.0]), "`sample_sigmas` has 1 values for `sample_num_steps=3`"),
+        (dict(sample_sigmas=[1.0, 0.5, 0.5]), "must be falling numbers above 0, at most 1"),
+        (dict(sample_sigmas=[1.1, 0.5, 0.2]), "must be falling numbers above 0, at most 1"),
+        (dict(sample_timesteps=[999, 500, 0]), "must be falling numbers above 0"),
+    ],
+)
+def test_bad_options(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, sample_num_steps=3, **options)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("sd_epsilon", dict(sample_sigmas=[1.0, 0.5, 0.2]), "flow-matching schedulers: give `sample_timesteps`"),
+        ("sd3", dict(sample_timesteps=[999, 500, 200]), "`sample_timesteps` cannot be given to a call of StableDiff"),
+        ("dit", dict(sample_timesteps=[999, 500, 200]), "`sample_timesteps` cannot be given to a call of DiTPipeline"),
+        ("sd3", dict(sample_height=8, sample_width=10), r"\(8 x 10\) must be divisible by 4 for StableDiffusion3"),
+        ("dit", dict(sample_height=8, sample_width=16), "DiTPipeline draws images of 8 x 8 pixels only"),
+        ("ddpm", dict(sample_height=8, sample_width=16), "DDPMPipeline draws images of 8 x 8 pixels only"),
+    ],
+)
+def test_what_a_pipeline_cannot_do(name, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(CASES[name], tmp_path, make(CASES[name]), **options)
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "dit", "ddpm"])
+def test_no_negative_prompts(name, tmp_path):
+    trainer = make_trainer(CASES[name], tmp_path, make(CASES[name]), negative_prompts="a dog")
+    with pytest.raises(ValueError, match="has no negative prompts"):
+        trainer.train()
+
+
+def test_classes_by_name_and_by_number():
+    family = family_of(make_dit())
+    assert family.prompt_ids(["Tinca", "cock", "12", ""]).tolist() == [0, 7, 12, 1000]
+    for prompt in ("a dog", "1000", "-1"):
+        with pytest.raises(ValueError, match=f"'{prompt}' is not a class of DiTPipeline"):
+            family.prompt_ids([prompt])

@@ -4,12 +4,22 @@
 from diffusers import DiffusionPipeline
 
 from .base import PipelineFamily
+from .class_conditional import DDIMFamily, DiTFamily, UnconditionalFamily
+from .flux import FluxFamily
+from .pixart import PixArtSigmaFamily
 from .stable_diffusion import StableDiffusionFamily, StableDiffusionXLFamily
+from .stable_diffusion_3 import StableDiffusion3Family
 
 
 FAMILIES = (
     StableDiffusionFamily,
     StableDiffusionXLFamily,
+    StableDiffusion3Family,
+    FluxFamily,
+    PixArtSigmaFamily,
+    DiTFamily,
+    UnconditionalFamily,
+    DDIMFamily,
 )
 
 

@@ -251,7 +251,7 @@ class PipelineFamily:
 def dynamic_shift(
     calculate_shift: Callable, scheduler: SchedulerMixin, image_seq_len: int, max_shift: float = 1.15
 ) -> float:
-    """`mu` of a pipeline's own `calculate_shift` for images of `image_seq_len` tokens, with the pipelines' defaults."""
+    """`mu` of the pipeline's own `calculate_shift` for images of `image_seq_len` tokens."""
     config = scheduler.config
     return calculate_shift(
         image_seq_len,
