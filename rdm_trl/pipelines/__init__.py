@@ -6,9 +6,14 @@ from diffusers import DiffusionPipeline
 from .base import PipelineFamily
 from .class_conditional import DDIMFamily, DiTFamily, UnconditionalFamily
 from .flux import FluxFamily
+from .flux2 import Flux2KleinFamily
+from .lumina import Lumina2Family
 from .pixart import PixArtSigmaFamily
+from .qwen_image import QwenImageFamily
+from .sana import SanaFamily
 from .stable_diffusion import StableDiffusionFamily, StableDiffusionXLFamily
 from .stable_diffusion_3 import StableDiffusion3Family
+from .z_image import ZImageFamily
 
 
 FAMILIES = (
@@ -17,6 +22,11 @@ FAMILIES = (
     StableDiffusion3Family,
     FluxFamily,
     PixArtSigmaFamily,
+    SanaFamily,
+    Lumina2Family,
+    ZImageFamily,
+    QwenImageFamily,
+    Flux2KleinFamily,
     DiTFamily,
     UnconditionalFamily,
     DDIMFamily,

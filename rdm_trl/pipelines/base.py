@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_base import LoraBaseMixin
@@ -266,3 +267,18 @@ def refuse_negative_prompts(family: PipelineFamily, prompts: list[str]):
     """Raises `ValueError` for a negative prompt, where the pipeline has none."""
     if any(prompts):
         raise ValueError(f"{type(family.pipeline).__name__} has no negative prompts: leave out `negative_prompts`.")
+
+
+def normalized_guidance(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """Guidance (B, ..., D) that keeps the conditional output's norm along the last dimension."""
+    guided = unconditional + guidance_scale * (conditional - unconditional)
+    return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+
+def pad_prompts(embeds: list[torch.Tensor], length: int = 512) -> dict[str, torch.Tensor]:
+    """`prompt_embeds` (B, `length`, D) and `prompt_attention_mask` (B, `length`) of embeddings (L, D)."""
+    masks = [row.new_ones(len(row), dtype=torch.long) for row in embeds]
+    return {
+        "prompt_embeds": torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in embeds]),
+        "prompt_attention_mask": torch.stack([F.pad(mask, (0, length - len(mask))) for mask in masks]),
+    }
