@@ -4,6 +4,7 @@
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 
 from .advantages import Mixer
@@ -28,9 +29,9 @@ def load_adapters(folder: Path, roles: Roles):
         roles.load_adapter(name, {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")})
 
 
-def load_training_state(folder: Path, fake_score: FakeScore, mixer: Mixer, device: torch.device):
+def load_training_state(folder: Path, fake_score: FakeScore, mixer: Mixer):
     """Raises `ValueError` where other rewards were mixed."""
-    fake_score.load_state_dict(torch.load(folder / "fake_optimizer.pt", map_location=device, weights_only=True))
+    fake_score.load_state_dict(torch.load(folder / "fake_optimizer.pt", map_location="cpu", weights_only=True))
     mixer.load_state(load_file(folder / "mixer.safetensors"))
 
 
@@ -40,5 +41,5 @@ def save_experiences(path: Path, experiences: list[Experience], trusted: bool):
 
 
 def load_experiences(path: Path, device: torch.device) -> tuple[list[Experience], bool]:
-    state = torch.load(path, map_location=device, weights_only=True)
+    state = send_to_device(torch.load(path, map_location="cpu", weights_only=True), device)
     return [Experience.from_state_dict(kept) for kept in state["experiences"]], state["trusted"]

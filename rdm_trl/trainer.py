@@ -584,8 +584,7 @@ class RdmDistillTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, folder: str | None):
         super()._load_optimizer_and_scheduler(folder)
         if folder is not None:
-            device = self.accelerator.device
-            checkpoint.load_training_state(Path(folder), self.fake_score, self.rewards.mixer, device)
+            checkpoint.load_training_state(Path(folder), self.fake_score, self.rewards.mixer)
 
     def _experience_file(self, folder: str) -> Path:
         return Path(folder) / f"experience_{self.accelerator.process_index}.pt"

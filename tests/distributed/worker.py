@@ -1,0 +1,108 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""One of the processes of test_processes.py: `worker.py TASK FOLDER`."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import make_trainer, redness  # noqa: E402
+
+
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+brightness.differentiable = True
+
+
+def draw_by_batch(trainer):
+    """Random draws that depend on the update and the batch, not on the process that works on it."""
+    args, counts = trainer.args, {"batches": 0, "fakes": 0}
+    accumulation = args.gradient_accumulation_steps
+    prepare, update = trainer._prepare_inputs, trainer.update_fake
+
+    def seed(first: int, count: int):
+        torch.manual_seed(first + count * args.world_size + args.process_index)
+
+    def prepare_inputs(rows):
+        seed(1_000, counts["batches"])
+        counts["batches"] += 1
+        return prepare(rows)
+
+    def update_fake():
+        fake_update = trainer.fake_score.update
+
+        def with_seeds(loss_fn, batches):
+            def seeded_loss(*batch):
+                seed(10_000, counts["fakes"])
+                counts["fakes"] += 1
+                return loss_fn(*batch)
+
+            return fake_update(seeded_loss, batches)
+
+        trainer.fake_score.update = with_seeds
+        update()
+        trainer.fake_score.update = fake_update
+
+    trainer._prepare_inputs, trainer.update_fake = prepare_inputs, update_fake
+    assert accumulation * args.world_size == 2
+
+
+def save(trainer, folder: Path, name: str):
+    rank = trainer.accelerator.process_index
+    adapters = {
+        f"{role}.{key}": value
+        for role in ("student", "fake", "ema")
+        for key, value in trainer.model.adapter_state(role).items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(adapters, folder / f"{name}-{rank}-of-{trainer.accelerator.num_processes}.safetensors")
+
+
+def same_samples(folder: Path):
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    # Adam would blow up rounding errors where a gradient is almost zero.
+    options = dict(optim="sgd", learning_rate=0.1, fake_learning_rate=0.1, num_iterations=2, max_steps=4)
+    trainer = make_trainer(folder / f"{world}", gradient_accumulation_steps=2 // world, **options)
+    draw_by_batch(trainer)
+    save(trainer, folder, "start")
+    trainer.train()
+    save(trainer, folder, "same")
+    assert trainer.accelerator.num_processes == world
+
+
+def resume(folder: Path):
+    prompts = [f"a {i}" for i in range(9)]
+    options = dict(
+        reward_mixing="constrained", target_dm=0.1, num_iterations=4, dm_normalization="batch", prompts=prompts
+    )
+    saving = dict(save_strategy="steps", save_steps=3)
+    rewards = [redness, brightness]
+    whole = make_trainer(folder / "whole", rewards, max_steps=5, **options)
+    whole.train()
+    save(whole, folder, "whole")
+    make_trainer(folder / "parts", rewards, max_steps=3, **options, **saving).train()
+    resumed = make_trainer(folder / "parts", rewards, max_steps=5, **options, **saving)
+    resumed.train(resume_from_checkpoint=True)
+    save(resumed, folder, "resumed")
+    whole.evaluate()
+    assert whole.metrics["student"]["rewards"].keys() == {"redness", "brightness"}
+
+
+def fail(folder: Path):
+    def broken(images, prompts, metadata):
+        if torch.distributed.get_rank() == 1:
+            raise RuntimeError("out of ink")
+        return redness(images, prompts, metadata)
+
+    make_trainer(folder, [broken]).train()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"same_samples": same_samples, "resume": resume, "fail": fail}[sys.argv[1]](Path(sys.argv[2]))
