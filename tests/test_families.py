@@ -755,3 +755,41 @@ def test_classes_by_name_and_by_number():
     for prompt in ("a dog", "1000", "-1"):
         with pytest.raises(ValueError, match=f"'{prompt}' is not a class of DiTPipeline"):
             family.prompt_ids([prompt])
+
+
+# --------------------------------------------------------------------------------------------------- parts of a family
+
+
+def family_for(name):
+    size = CASES[name].size
+    return family_of(make(CASES[name]), size.get("sample_height"), size.get("sample_width"))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("z_image", "qwen_image")])
+def test_nothing_stays_on_the_cpu(name):
+    """With latents elsewhere, on "meta" for want of a GPU, so is all that the denoiser is given."""
+    family = family_for(name)
+    condition = {key: value.to("meta") for key, value in family.encode_prompts(list(CASES[name].prompts)).items()}
+    shape = (2, *family.latent_shape)
+
+    def denoiser(*args, **kwargs):
+        given = [*args, *kwargs.values(), *kwargs.get("added_cond_kwargs", {}).values()]
+        assert {value.device.type for value in given if isinstance(value, torch.Tensor)} == {"meta"}
+        return torch.empty(shape, device="meta")
+
+    output = family.denoise(denoiser, torch.empty(shape, device="meta"), torch.empty(2, device="meta"), condition)
+    assert output.shape == shape
+    for module in family.pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.to("meta")
+    assert family.decode(torch.empty(shape, device="meta")).shape == (2, 3, family.height, family.width)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rewards_can_differentiate_images(name):
+    family = family_for(name)
+    latents = torch.randn(2, *family.latent_shape, requires_grad=True)
+    images = family.decode(latents)
+    images.mean().backward()
+    assert latents.grad.isfinite().all() and latents.grad.abs().sum() > 0
+    assert images.min() >= 0 and images.max() <= 1 and len(family.to_pil(images.detach())) == 2
