@@ -26,9 +26,10 @@ class RdmDistillConfig(TrainingArguments):
         sample_num_steps (`int`, *optional*, defaults to `4`):
             Number K of denoising steps of the student.
         sample_guidance_scale (`float`, *optional*, defaults to `1.75`):
-            Guidance scale of the teacher in R_dm, which the student learns to do without; `1.0` turns it off.
+            Guidance scale of the teacher in R_dm, which the student learns to do without; `1.0` turns it off. For
+            FLUX.1-dev it is the teacher's embedded guidance. Without effect on pipelines that have no guidance.
         negative_prompts (`str`, *optional*, defaults to `""`):
-            Negative prompt of the teacher's guidance.
+            Negative prompt of the teacher's guidance; empty, what the pipeline guides away from by itself.
         sample_sigmas (`list[float]`, *optional*):
             The student's own noise levels with a flow-matching pipeline, noisiest first: `sample_num_steps` falling
             numbers in (0, 1]. By default an even grid under the pipeline's shift.

@@ -445,7 +445,6 @@ class RdmDistillTrainer(Trainer):
             seed (`int`, *optional*): of the noise; the run's seed by default.
         """
         args, base_scheduler, unguided = self.args, self.sd_pipeline.scheduler, self.family.student_guidance_scale
-        seed = args.seed if seed is None else seed
         role, scheduler, num_steps, guidance_scale = {
             "teacher": ("teacher", base_scheduler, args.teacher_num_steps, args.teacher_guidance_scale),
             "base": ("teacher", base_scheduler, args.sample_num_steps, unguided),
@@ -454,7 +453,7 @@ class RdmDistillTrainer(Trainer):
         batches = range(0, len(prompts), args.per_device_eval_batch_size)
         images = []
         for i, start in enumerate(tqdm(batches, desc=description, disable=description is None or args.disable_tqdm)):
-            generator = torch.Generator().manual_seed(seed + i)
+            generator = torch.Generator().manual_seed((args.seed if seed is None else seed) + i)
             chunk = prompts[start : start + args.per_device_eval_batch_size]
             with self.model.use(role), self.accelerator.autocast():
                 images.append(
