@@ -141,7 +141,7 @@ def model_card(
             base_model=base,
             library_name="diffusers",
             pipeline_tag=family.pipeline_tag,
-            tags=tags,
+            tags=[family.pipeline_tag, *tags],
         ),
         template_str=CARD,
         name=name,

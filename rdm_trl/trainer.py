@@ -75,7 +75,7 @@ class RdmDistillTrainer(Trainer):
         ValueError: no prompts, an unsupported pipeline or scheduler, mismatched weights; before anything is trained.
     """
 
-    _tag_names = ["diffusers", "lora", "text-to-image", "trl", "rdm-trl"]
+    _tag_names = ["diffusers", "lora", "trl", "rdm-trl"]
 
     def __init__(
         self,

@@ -58,7 +58,7 @@ class PipelineFamily:
         own_height, own_width = self.own_size()
         self.height, self.width = height or own_height, width or own_width
         # Named in every call of the pipeline, where they are not what it would do by itself.
-        self.size = {} if height is width is None else {"height": self.height, "width": self.width}
+        self.size = {} if height is None and width is None else {"height": self.height, "width": self.width}
         self.check_size()
         self.latent_shape = self.shape_of_latents()
         self.student_scheduler = None

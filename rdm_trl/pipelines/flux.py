@@ -28,10 +28,14 @@ class FluxFamily(PipelineFamily):
         "proj_mlp",
     ]
     student_guidance_scale = 3.5  # the default of the pipeline's call
-    card_note = (
-        "\nThe student knows no other `guidance_scale`: the base model takes it as an input, and the student was "
-        "trained with this one.\n"
-    )
+
+    def __init__(self, pipeline, height=None, width=None):
+        super().__init__(pipeline, height, width)
+        if self.denoiser.config.guidance_embeds:
+            self.card_note = (
+                "\nThe student knows no other `guidance_scale`: the base model takes it as an input, and the student "
+                "was trained with this one.\n"
+            )
 
     def size_multiple(self):
         return self.pipeline.vae_scale_factor * 2
