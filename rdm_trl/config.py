@@ -57,7 +57,7 @@ class RdmDistillConfig(TrainingArguments):
             for the others.
         epsilon_high (`float`, *optional*):
             Upper clip range, where it differs from the lower one.
-        target_kl (`float`, *optional*, defaults to `0.01`):
+        target_kl (`float`, *optional*, defaults to `0.05`):
             Trust region: once the logged `ratio/kl`, the divergence per element from the policy that acted, exceeds
             it, the remaining updates of the loop draw rollouts of their own. `None` turns it off.
 
@@ -200,7 +200,7 @@ class RdmDistillConfig(TrainingArguments):
     )
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range; as the lower by default."})
     target_kl: float | None = field(
-        default=0.01, metadata={"help": "Divergence from the acting policy that ends the use of a rollout."}
+        default=0.05, metadata={"help": "Divergence from the acting policy that ends the use of a rollout."}
     )
 
     # Parameters that control distribution matching
