@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 def hub(monkeypatch):
     """What `HF_ENDPOINT` and `HF_TOKEN` set, in a process that has imported the client already."""
     hub = Hub()
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -97,7 +99,7 @@ def test_the_card_of_a_base_on_the_hub(hub, tmp_path, monkeypatch):
 
     readme = b"---\nlicense: other\nlicense_name: theirs\nlicense_link: https://a.b/c\n---\n"
     hub.files["them/base"] = {"main": {"README.md": readme}}
-    hf_hub_download("them/base", "README.md", endpoint=hub.endpoint)
+    hf_hub_download("them/base", "README.md")
     trainer.save_model()
     data = ModelCard.load(tmp_path / "run" / "README.md").data.to_dict()
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "theirs", "https://a.b/c")
