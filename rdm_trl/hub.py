@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
-from peft import LoraConfig
 
 from .config import RdmDistillConfig
 from .evaluation import peak_memory_mb
@@ -89,18 +88,24 @@ TRAINING_SETTINGS = (
 )
 
 
-def run_settings(
-    config: RdmDistillConfig, base_model: str, lora_config: LoraConfig, rewards: list[str]
-) -> dict[str, Any]:
+def run_settings(trainer) -> dict[str, Any]:
     """All that is needed to repeat a run: our options, those of `Trainer` that matter, the LoRA's, the rewards."""
+    config, lora_config = trainer.args, trainer.model.lora_config
     ours = [name for name in RdmDistillConfig.__annotations__ if name not in ("report_to", "remove_unused_columns")]
     settings = {name: getattr(config, name) for name in (*ours, *TRAINING_SETTINGS)}
     settings = {name: str(v.value) if hasattr(v, "value") else v for name, v in settings.items()}
-    settings["reward_funcs"] = rewards
-    lora = {"lora_r": lora_config.r, "lora_alpha": lora_config.lora_alpha}
     layers = lora_config.target_modules
-    lora["lora_target_modules"] = layers if isinstance(layers, str) else sorted(layers)
-    return {"base_model": base_model, "num_processes": config.world_size, **settings, **lora}
+    return {
+        "base_model": "rdm_trl.demo" if trainer.is_demo else trainer.base_model,
+        "teacher_lora": trainer.teacher_lora,
+        "student_lora": trainer.student_lora,
+        "num_processes": config.world_size,
+        **settings,
+        "reward_funcs": trainer.rewards.names,
+        "lora_r": lora_config.r,
+        "lora_alpha": lora_config.lora_alpha,
+        "lora_target_modules": layers if isinstance(layers, str) else sorted(layers),
+    }
 
 
 def write_metrics(trainer, folder: Path):
@@ -114,8 +119,8 @@ def write_metrics(trainer, folder: Path):
 def save_checkpoint(trainer, folder: Path):
     """A distilled checkpoint; in the output folder its card is the Hub's, where there is a repository."""
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = trainer.model.denoiser.peft_config["ema"].to_dict()
-    trainer.family.save_lora(folder, trainer.model.adapter_state("ema"), metadata)
+    lora_config, state = trainer.model.plain_lora("ema")
+    trainer.family.save_lora(folder, state, lora_config.to_dict())
     trainer.student_scheduler.save_pretrained(folder / "scheduler")
     write_metrics(trainer, folder)
     grid = Path(trainer.args.output_dir) / "samples" / "grid.png"
@@ -174,6 +179,8 @@ def write_card(
     if settings["reward_funcs"]:
         names = ", ".join(f"`{reward}`" for reward in settings["reward_funcs"])
         method += f"; with the rewards {names} (`reward_mixing={settings['reward_mixing']!r}`)"
+    if trainer.teacher_lora is not None:
+        method += f". Its teacher was the base with the LoRA `{trainer.teacher_lora}`, whose style it carries"
     on_hub = base is not None and not Path(base).exists()  # the Hub accepts no path
     card = ModelCard.from_template(
         ModelCardData(

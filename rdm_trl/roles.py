@@ -1,13 +1,16 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""One frozen denoiser that plays every role: teacher (adapters off), student, fake score and EMA of the student."""
+"""One frozen denoiser that plays every role: teacher, student, fake score and EMA of the student."""
 
 import warnings
+from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +23,10 @@ class Roles(nn.Module):
     """
     Wraps a diffusers denoiser with one LoRA adapter each for the student, the fake score and the student's EMA.
 
+    The teacher is the denoiser itself, all adapters off, or with a frozen LoRA of its own. The other adapters then
+    begin as a copy of that LoRA, followed by their own rank: each role is one adapter, and the student's alone is all
+    that the base needs.
+
     Calling it, `roles(role, *args, **kwargs)`, calls the denoiser in that role and returns its first output. Unlike
     peft's `set_adapter` a switch of role never touches `requires_grad`, so a graph built in one role keeps its
     gradients while other roles are evaluated, and activation checkpointing recomputes in the role of the forward pass.
@@ -27,26 +34,55 @@ class Roles(nn.Module):
     Args:
         denoiser (`ModelMixin`): a diffusers UNet or transformer; it is frozen in place.
         lora_config (`LoraConfig`): of all three adapters, which start equal (and the student equal to the teacher).
+        teacher (`tuple[LoraConfig, dict]`, *optional*): the teacher's own LoRA; rank is added to `lora_config`'s.
+        student (`tuple[LoraConfig, dict]`, *optional*): a LoRA that the student begins as; the fake score does not.
+
+    Raises:
+        ValueError: the denoiser has adapters already, or the teacher's LoRA is none that another can begin as.
     """
 
-    def __init__(self, denoiser: nn.Module, lora_config: LoraConfig):
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        lora_config: LoraConfig,
+        teacher: tuple[LoraConfig, dict] | None = None,
+        student: tuple[LoraConfig, dict] | None = None,
+    ):
         super().__init__()
+        if any(isinstance(module, BaseTunerLayer) for module in denoiser.modules()):
+            raise ValueError(
+                "This pipeline has a LoRA loaded, which would be lost: give it as `teacher_lora`, or fuse it first "
+                "(`pipeline.fuse_lora(); pipeline.unload_lora_weights()`)."
+            )
         self.denoiser = denoiser.requires_grad_(False).eval()
+        self.lora_config = lora_config
+        self.has_teacher_lora = teacher is not None
+        joined = joined_config(lora_config, denoiser, teacher[1]) if teacher else lora_config
+        of_student = student[0] if student else joined
+        configs = {"student": of_student, "fake": joined, "ema": of_student} | (
+            {TEACHER: teacher[0]} if teacher else {}
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message="Already found a `peft_config`"
             )  # several adapters are the point
-            for name in ADAPTERS:
+            for name, config in configs.items():
                 if isinstance(denoiser, PeftAdapterMixin):
-                    denoiser.add_adapter(lora_config, adapter_name=name)
+                    denoiser.add_adapter(config, adapter_name=name)
                 else:
-                    inject_adapter_in_model(lora_config, denoiser, name)
+                    inject_adapter_in_model(config, denoiser, name)
         self.layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        if teacher is not None:
+            self.load_adapter(TEACHER, teacher[1])
+            for name in ("student", "fake"):
+                self._begin_as_teacher(name)
+        if student is not None:
+            self.load_adapter("student", student[1])
         for parameter in self.adapter_parameters(*ADAPTERS):
             parameter.data = parameter.data.float()  # a half-precision base, full-precision training
         for parameter in self.adapter_parameters("student", "fake"):
             parameter.requires_grad_(True)
-        for parameter in self.adapter_parameters("ema"):
+        for parameter in self.adapter_parameters("ema", TEACHER):
             parameter.requires_grad_(False)
         self.load_adapter("ema", self.adapter_state("student"))
         # DDP wraps this module for the student alone: the fake score is trained outside its forward pass.
@@ -55,12 +91,22 @@ class Roles(nn.Module):
         ]
         self._set(TEACHER)
 
+    @torch.no_grad()
+    def _begin_as_teacher(self, name: str):
+        for layer in self.layers:
+            if TEACHER in layer.lora_A and name in layer.lora_A:
+                rank, scale = layer.r[TEACHER], layer.scaling[TEACHER] / layer.scaling[name]
+                layer.lora_A[name].weight[:rank] = layer.lora_A[TEACHER].weight
+                layer.lora_B[name].weight[:, :rank] = layer.lora_B[TEACHER].weight * scale
+                layer.lora_B[name].weight[:, rank:] = 0
+
     def _set(self, role: str):
         self.role = role
+        plain = role == TEACHER and not self.has_teacher_lora
         for layer in self.layers:
             # The flags behind peft's `enable_adapters` and `set_adapter`, which would change `requires_grad` too.
-            layer._disable_adapters = role == TEACHER
-            if role != TEACHER:
+            layer._disable_adapters = plain
+            if not plain:
                 layer._active_adapter = [role]
 
     @contextmanager
@@ -89,8 +135,25 @@ class Roles(nn.Module):
 
     def adapter_state(self, name: str) -> dict[str, torch.Tensor]:
         """Copy of an adapter's weights under peft's keys, which do not hold the adapter's name."""
-        state = get_peft_model_state_dict(self.denoiser, adapter_name=name)
-        return {key: value.detach().clone() for key, value in state.items()}
+        return adapter_state(self.denoiser, name)
+
+    def plain_lora(self, name: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+        """
+        An adapter as a LoRA of scale 1: alpha is the rank in every layer, and what `lora_alpha` says is in `lora_B`.
+        Programs that read no alpha from a file, ComfyUI for one, get the same images as those that do.
+        """
+        state, ranks = self.adapter_state(name), {}
+        for path, layer in self.denoiser.named_modules():
+            if isinstance(layer, BaseTunerLayer) and name in layer.lora_A:
+                ranks[path] = layer.r[name]
+                for key in (f"{path}.lora_B.weight", f"{path}.lora_B.bias"):
+                    if key in state:
+                        state[key] *= layer.scaling[name]
+        most = Counter(ranks.values()).most_common(1)[0][0]
+        others = {f"^{path}": rank for path, rank in ranks.items() if rank != most}
+        config = self.denoiser.peft_config[name]
+        config = replace(config, r=most, lora_alpha=most, rank_pattern=others, alpha_pattern=others, use_rslora=False)
+        return config, state
 
     def load_adapter(self, name: str, state: dict[str, torch.Tensor]):
         """Sets an adapter's weights. Raises `ValueError` where `state` does not fit it."""
@@ -116,3 +179,36 @@ class Roles(nn.Module):
             return checkpoint(recomputable, *args, use_reentrant=False)
 
         self.denoiser.enable_gradient_checkpointing(checkpoint_in_role)
+
+
+def adapter_state(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """As `Roles.adapter_state`, of a denoiser that has no roles."""
+    state = get_peft_model_state_dict(denoiser, adapter_name=name)
+    return {key: value.detach().clone() for key, value in state.items()}
+
+
+def joined_config(config: LoraConfig, denoiser: nn.Module, teacher_state: dict[str, torch.Tensor]) -> LoraConfig:
+    """
+    `config` with the rank of the teacher's LoRA added in each of that one's layers, at the scale of `config`.
+
+    Raises:
+        ValueError: one of the two is more than a plain LoRA (DoRA, biases).
+    """
+    if config.use_dora or config.lora_bias or any(not k.endswith(("_A.weight", "_B.weight")) for k in teacher_state):
+        raise ValueError("`teacher_lora` and the student must be plain LoRAs: no DoRA, no biases.")
+    end = ".lora_A.weight"
+    ranks = {key.removesuffix(end): len(value) for key, value in teacher_state.items() if key.endswith(end)}
+    alphas = {layer: float(rank) for layer, rank in ranks.items()}
+    for layer, module in denoiser.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and check_target_module_exists(config, layer):
+            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, layer), config.r)
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
+            ranks[layer] = ranks.get(layer, 0) + rank
+            alphas[layer] = alpha / (rank**0.5 if config.use_rslora else rank) * ranks[layer]
+    return replace(
+        config,
+        target_modules=sorted(ranks),
+        rank_pattern={f"^{layer}": rank for layer, rank in ranks.items()},
+        alpha_pattern={f"^{layer}": alpha for layer, alpha in alphas.items()},
+        use_rslora=False,
+    )

@@ -5,7 +5,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,11 @@ from .diffusion import NoiseProcess
 from .experience import Experience
 from .fake_score import FakeScore
 from .hub import run_settings, save_checkpoint, write_card, write_metrics
+from .lora import make_roles
 from .pipelines import family_of
 from .prompts import PromptCache, PromptSampler, check_prompts, split_rows, training_prompts
 from .rewards import RewardFunction, resolve_reward
 from .rewards.panel import RewardPanel, distribution_matching_push
-from .roles import Roles
 from .upload import prepare_push, push, push_checkpoint
 
 
@@ -69,6 +68,11 @@ class RdmDistillTrainer(Trainer):
         eval_dataset (`Dataset`, *optional*): prompts of `evaluate`; those of training by default.
         peft_config (`LoraConfig`, *optional*):
             Of student and fake score; rank 32 by default, on the layers that LCM-LoRA uses.
+        teacher_lora (path or Hub id, *optional*):
+            A LoRA (style, character) of the teacher. The student's adapter begins as a copy of it, followed by
+            `peft_config`'s rank; the saved one alone, on the plain base, draws in that style.
+        student_lora (path or Hub id, *optional*):
+            A few-step LoRA to continue, with its rank, alpha and layers: an earlier run's folder, or an LCM-LoRA.
         callbacks, optimizers: as in `transformers.Trainer`; the optimizer is the student's.
 
     Raises:
@@ -88,6 +92,8 @@ class RdmDistillTrainer(Trainer):
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
         peft_config: LoraConfig | None = None,
+        teacher_lora: str | Path | None = None,
+        student_lora: str | Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
@@ -128,12 +134,8 @@ class RdmDistillTrainer(Trainer):
 
         # Model: one frozen denoiser and its adapters, equal on all processes
         set_seed(config.seed)
-        if peft_config is None:
-            peft_config = LoraConfig(r=32, lora_alpha=32, init_lora_weights="gaussian")
-        if peft_config.target_modules is None:
-            peft_config = replace(peft_config, target_modules=self.family.lora_target_modules)
-        roles = Roles(self.family.denoiser, peft_config)
-        self.lora_config = peft_config
+        roles = make_roles(self.family, peft_config, teacher_lora, student_lora)
+        self.teacher_lora, self.student_lora = (path and str(path) for path in (teacher_lora, student_lora))
 
         super().__init__(
             model=roles,
@@ -525,8 +527,7 @@ class RdmDistillTrainer(Trainer):
 
     def settings(self) -> dict[str, Any]:
         """All that is needed to repeat the run."""
-        base_model = "rdm_trl.demo" if self.is_demo else self.base_model
-        return run_settings(self.args, base_model, self.lora_config, self.rewards.names)
+        return run_settings(self)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         """A distilled checkpoint: the student's LoRA, its scheduler, card, samples and figures."""
@@ -549,13 +550,7 @@ class RdmDistillTrainer(Trainer):
             prepare_push(self, token, private)
 
     def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
     ):
         """
         Saves to `output_dir` and uploads LoRA, scheduler, card, samples and figures; never the base or an optimizer.

@@ -98,13 +98,27 @@ def make_config(tmp_path, **options) -> RdmDistillConfig:
     return RdmDistillConfig(**{**defaults, **options})
 
 
-def make_trainer(tmp_path, *args, pipeline=None, prompts=PROMPTS, peft_config=None, config=None, **options):
+def make_trainer(
+    tmp_path,
+    *args,
+    pipeline=None,
+    prompts=PROMPTS,
+    peft_config=None,
+    config=None,
+    teacher_lora=None,
+    student_lora=None,
+    **options,
+):
+    if peft_config is None and student_lora is None:
+        peft_config = LoraConfig(r=2)
     return RdmDistillTrainer(
         config or make_config(tmp_path, **options),
         *args,
         sd_pipeline=pipeline or make_tiny_pipeline(),
         train_dataset=Dataset.from_dict({"prompt": prompts}) if prompts else None,
-        peft_config=peft_config or LoraConfig(r=2),
+        peft_config=peft_config,
+        teacher_lora=teacher_lora,
+        student_lora=student_lora,
     )
 
 

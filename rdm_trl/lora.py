@@ -1,0 +1,69 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""LoRAs that a run begins with: the teacher's own, and the one that the student continues."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from peft import LoraConfig, PeftConfig
+from peft.utils import load_peft_weights
+
+from .pipelines.base import PipelineFamily
+from .roles import Roles, adapter_state
+
+
+def make_roles(
+    family: PipelineFamily,
+    peft_config: LoraConfig | None,
+    teacher_lora: str | Path | None = None,
+    student_lora: str | Path | None = None,
+) -> Roles:
+    """
+    The roles of a run; by default adapters of rank 32 on the family's layers.
+
+    Raises:
+        ValueError: one of the LoRAs is not for this pipeline, or `peft_config` stands beside `student_lora`.
+    """
+    teacher = read_lora(family, teacher_lora, "teacher_lora") if teacher_lora is not None else None
+    student = read_lora(family, student_lora, "student_lora") if student_lora is not None else None
+    if student is not None:
+        if peft_config is not None:
+            raise ValueError("`student_lora` brings its own rank, alpha and layers: leave `peft_config` out.")
+        peft_config = student[0]
+    elif peft_config is None:
+        peft_config = LoraConfig(r=32, lora_alpha=32, init_lora_weights="gaussian")
+    if peft_config.target_modules is None:
+        peft_config = replace(peft_config, target_modules=family.lora_target_modules)
+    return Roles(family.denoiser, peft_config, teacher, student)
+
+
+def read_lora(family: PipelineFamily, path: str | Path, option: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """
+    Config and weights, under peft's keys, of a LoRA for the family's denoiser; in any format that its pipeline loads.
+
+    Raises:
+        ValueError: it is none, or reaches beyond the denoiser; the message names `option`.
+    """
+    pipeline = family.pipeline
+    try:
+        if not isinstance(pipeline, LoraBaseMixin):
+            config, state = PeftConfig.from_pretrained(str(path)), load_peft_weights(str(path), device="cpu")
+            state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+        else:
+            try:
+                pipeline.load_lora_weights(path, adapter_name="loaded")
+                adapted = pipeline.get_list_adapters()
+                config = family.denoiser.peft_config["loaded"] if family.denoiser_name in adapted else None
+                state = adapter_state(family.denoiser, "loaded") if config else {}
+            finally:
+                pipeline.unload_lora_weights()
+            if set(adapted) != {family.denoiser_name}:
+                found = ", ".join(adapted) or "nothing that it has"
+                raise ValueError(f"it must change the {family.denoiser_name} alone, but changes {found}")
+    except Exception as error:
+        # diffusers and peft answer a wrong file with almost any type.
+        raise ValueError(
+            f"`{option}`, {str(path)!r}, is not a LoRA for {type(pipeline).__name__} that can be used here: {error}"
+        ) from error
+    return replace(config, init_lora_weights="gaussian", inference_mode=False), state

@@ -1,0 +1,167 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""A teacher's own LoRA, and a student that begins as one, against pipelines that plain diffusers loads."""
+
+import pytest
+import torch
+from conftest import PROMPTS, make_config, make_tiny_pipeline, make_trainer
+from diffusers import LCMScheduler
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from rdm_trl import RdmDistillTrainer
+
+
+def save_style(folder, text_encoder=False, **options):
+    """A LoRA that changes pictures, as diffusers' own scripts save one."""
+    pipeline = make_tiny_pipeline()
+    config = LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": ["to_q", "to_v", "conv1"], **options})
+    pipeline.unet.add_adapter(config, "style")
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in pipeline.unet.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    layers = {"unet_lora_layers": get_peft_model_state_dict(pipeline.unet, adapter_name="style")}
+    layers["unet_lora_adapter_metadata"] = pipeline.unet.peft_config["style"].to_dict()
+    if text_encoder:
+        pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "style")
+        layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipeline.text_encoder, adapter_name="style")
+    pipeline.save_lora_weights(folder, **layers)
+    return folder
+
+
+def plain(folder=None, scheduler=False):
+    pipeline = make_tiny_pipeline()
+    if folder is not None:
+        pipeline.load_lora_weights(folder)
+    if scheduler:
+        pipeline.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    return pipeline
+
+
+def draw(pipeline, num_steps=4, guidance_scale=1.0, seed=42):
+    generator = torch.Generator().manual_seed(seed)
+    arguments = dict(num_inference_steps=num_steps, guidance_scale=guidance_scale, generator=generator)
+    return pipeline(PROMPTS, output_type="pt", negative_prompt=None, **arguments).images
+
+
+def denoise(unet):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(2, 4, 4, 4, generator=generator), torch.tensor([100, 700])
+    with torch.no_grad():
+        return unet(*inputs, torch.randn(2, 16, 16, generator=generator)).sample
+
+
+def roles_output(trainer, role):
+    with trainer.model.use(role):
+        return denoise(trainer.model.denoiser)
+
+
+def test_the_teacher_is_the_base_with_its_lora_bit_for_bit(tmp_path):
+    style = save_style(tmp_path / "style")
+    trainer = make_trainer(tmp_path, teacher_lora=style, peft_config=LoraConfig(r=2, lora_alpha=5))
+    expected = denoise(plain(style).unet)
+    assert (expected - denoise(make_tiny_pipeline().unet)).abs().max() > 0.01
+    for _ in range(2):  # before and behind the training
+        assert torch.equal(roles_output(trainer, "teacher"), expected)
+        if trainer.state.global_step == 0:
+            for role in ("student", "fake", "ema"):
+                torch.testing.assert_close(roles_output(trainer, role), expected, atol=1e-5, rtol=1e-5)
+            trainer.train()
+    teacher = trainer.sample("teacher", PROMPTS)
+    torch.testing.assert_close(teacher, draw(plain(style), 3, 1.75), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank_alpha", [(2, 2), (2, 5)])
+def test_the_saved_lora_alone_gives_the_styled_students_sample(tmp_path, rank_alpha):
+    style = save_style(tmp_path / "style")
+    rank, alpha = rank_alpha
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_k", "to_v", "to_out.0", "conv2"])
+    trainer = make_trainer(tmp_path, teacher_lora=style, peft_config=lora, learning_rate=0.02)
+    frozen = trainer.model.adapter_state("teacher")
+    trainer.train()
+    trainer.save_model()
+    for key, value in trainer.model.adapter_state("teacher").items():
+        assert torch.equal(value, frozen[key])
+    assert all(p.grad is None for p in trainer.model.adapter_parameters("teacher"))
+
+    alone = plain(tmp_path / "run", scheduler=True)
+    ours = trainer.sample("student", PROMPTS)
+    torch.testing.assert_close(ours, draw(alone), atol=1e-5, rtol=1e-5)
+    untrained = plain(style)
+    untrained.scheduler = alone.scheduler
+    assert (ours - draw(untrained)).abs().max() > 0.01
+    ranks = {name: module.r["default_0"] for name, module in alone.unet.named_modules() if hasattr(module, "lora_A")}
+    where = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    assert (ranks[f"{where}.to_q"], ranks[f"{where}.to_k"], ranks[f"{where}.to_v"]) == (3, 2, 5)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert str(style) in card.split("## Settings")[0]
+
+
+def test_a_students_folder_is_continued(tmp_path):
+    first = make_trainer(tmp_path / "first", peft_config=LoraConfig(r=2, lora_alpha=5), learning_rate=0.02)
+    first.train()
+    first.save_model()
+    second = make_continued(tmp_path, student_lora=tmp_path / "first" / "run", learning_rate=0.02)
+    assert second.settings()["lora_r"] == 2
+    expected = first.sample("student", PROMPTS)
+    assert (first.sample("base", PROMPTS) - expected).abs().max() > 0.01
+    torch.testing.assert_close(second.sample("student", PROMPTS), expected, atol=1e-5, rtol=1e-5)
+    # The fake score begins as the teacher, which is the base.
+    base = denoise(make_tiny_pipeline().unet)
+    assert torch.equal(roles_output(second, "teacher"), base)
+    torch.testing.assert_close(roles_output(second, "fake"), base, atol=1e-5, rtol=1e-5)
+    second.train()
+    second.save_model()
+    torch.testing.assert_close(
+        second.sample("student", PROMPTS), draw(plain(tmp_path / "run", scheduler=True)), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_styled_student_is_continued_under_its_teacher(tmp_path):
+    style = save_style(tmp_path / "style")
+    first = make_trainer(tmp_path / "first", teacher_lora=style, peft_config=LoraConfig(r=2), learning_rate=0.02)
+    first.train()
+    first.save_model()
+    second = make_continued(tmp_path, student_lora=tmp_path / "first" / "run", teacher_lora=style)
+    torch.testing.assert_close(
+        second.sample("student", PROMPTS), first.sample("student", PROMPTS), atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(roles_output(second, "fake"), denoise(plain(style).unet), atol=1e-5, rtol=1e-5)
+    second.train()
+
+
+def make_continued(tmp_path, **loras):
+    options = {"learning_rate": loras.pop("learning_rate", 1e-3)}
+    return make_trainer(tmp_path, peft_config=None, **loras, **options)
+
+
+def test_what_is_no_lora_for_the_pipeline(tmp_path):
+    other = make_tiny_pipeline()
+    other.save_pretrained(tmp_path / "base")
+    style = save_style(tmp_path / "style")
+    both = save_style(tmp_path / "both", text_encoder=True)
+    dora = save_style(tmp_path / "dora", use_dora=True)
+    wide = save_style(tmp_path / "wide")
+    weights = wide / "pytorch_lora_weights.safetensors"
+    state = {key: torch.cat([value] * 2, 1) if "lora_A" in key else value for key, value in load_file(weights).items()}
+    save_file(state, weights)
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    state = {key.replace("unet.", "transformer."): value for key, value in load_file(style / weights.name).items()}
+    save_file(state, renamed / weights.name)
+    for option in ("teacher_lora", "student_lora"):
+        for path, message in (
+            (tmp_path / "nothing", ""),
+            (tmp_path / "base", ""),
+            (wide, "size mismatch"),
+            (renamed, "must change the unet alone, but changes nothing"),
+            (both, "must change the unet alone, but changes .*text_encoder"),
+        ):
+            with pytest.raises(ValueError, match=f"`{option}`, '.*', is not a LoRA for StableDiffusion.*{message}"):
+                make_continued(tmp_path, **{option: path})
+    with pytest.raises(ValueError, match="no DoRA"):
+        make_continued(tmp_path, teacher_lora=dora)
+    with pytest.raises(ValueError, match="leave `peft_config` out"):
+        make_trainer(tmp_path, student_lora=style, peft_config=LoraConfig(r=2))
+    with pytest.raises(ValueError, match="give it as `teacher_lora`"):
+        RdmDistillTrainer(make_config(tmp_path), sd_pipeline=plain(style))
