@@ -62,8 +62,9 @@ def read_lora(family: PipelineFamily, path: str | Path, option: str) -> tuple[Lo
                 found = ", ".join(adapted) or "nothing that it has"
                 raise ValueError(f"it must change the {family.denoiser_name} alone, but changes {found}")
     except Exception as error:
-        # diffusers and peft answer a wrong file with almost any type.
+        # diffusers and peft answer a wrong file with almost any type, and often with a line for each layer.
+        said = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"`{option}`, {str(path)!r}, is not a LoRA for {type(pipeline).__name__} that can be used here: {error}"
+            f"`{option}`, {str(path)!r}, is not a LoRA for {type(pipeline).__name__} that can be used here: {said}"
         ) from error
     return replace(config, init_lora_weights="gaussian", inference_mode=False), state

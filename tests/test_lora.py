@@ -24,6 +24,7 @@ def save_style(folder, text_encoder=False, **options):
     layers["unet_lora_adapter_metadata"] = pipeline.unet.peft_config["style"].to_dict()
     if text_encoder:
         pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "style")
+        layers["text_encoder_lora_adapter_metadata"] = pipeline.text_encoder.peft_config["style"].to_dict()
         layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipeline.text_encoder, adapter_name="style")
     pipeline.save_lora_weights(folder, **layers)
     return folder
