@@ -26,9 +26,18 @@ class RdmDistillConfig(TrainingArguments):
         sample_num_steps (`int`, *optional*, defaults to `4`):
             Number K of denoising steps of the student.
         sample_guidance_scale (`float`, *optional*, defaults to `1.75`):
-            Guidance scale of the teacher in R_dm, which the student learns to do without; `1.0` turns it off.
+            Guidance scale of the teacher in R_dm, which the student learns to do without; `1.0` turns it off. For
+            FLUX.1-dev it is the teacher's embedded guidance. Without effect on pipelines that have no guidance.
         negative_prompts (`str`, *optional*, defaults to `""`):
-            Negative prompt of the teacher's guidance.
+            Negative prompt of the teacher's guidance; empty, what the pipeline guides away from by itself.
+        sample_sigmas (`list[float]`, *optional*):
+            The student's own noise levels with a flow-matching pipeline, noisiest first: `sample_num_steps` falling
+            numbers in (0, 1]. By default an even grid under the pipeline's shift.
+        sample_timesteps (`list[float]`, *optional*):
+            The same for pipelines with another kind of scheduler, as its timesteps: `[999, 749, 499, 249]` is the
+            default for four steps.
+        sample_height, sample_width (`int`, *optional*):
+            Height and width of the images in pixels; the pipeline's own by default. Give both or neither.
         num_generations (`int`, *optional*, defaults to `4`):
             Images per prompt: the group. `per_device_train_batch_size` must be divisible by it.
 
@@ -163,6 +172,14 @@ class RdmDistillConfig(TrainingArguments):
         default=1.75, metadata={"help": "Guidance scale of the teacher in R_dm, which the student learns."}
     )
     negative_prompts: str = field(default="", metadata={"help": "Negative prompt of the teacher's guidance."})
+    sample_sigmas: list[float] | None = field(
+        default=None, metadata={"help": "Noise levels of the student's steps, for flow-matching pipelines."}
+    )
+    sample_timesteps: list[float] | None = field(
+        default=None, metadata={"help": "Timesteps of the student's steps, for all other pipelines."}
+    )
+    sample_height: int | None = field(default=None, metadata={"help": "Height of the images in pixels."})
+    sample_width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
     num_generations: int = field(default=4, metadata={"help": "Images per prompt: the group."})
 
     # Parameters that control importance sampling
@@ -346,6 +363,7 @@ class RdmDistillConfig(TrainingArguments):
             raise ValueError(
                 "`dm_estimator='policy_gradient'` compares the images of a prompt: `num_generations` >= 2."
             )
+        self._check_grid()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}, but must be in [0, 1).")
         if self.dm_estimator == "policy_gradient" and self.num_iterations > 1:
@@ -361,6 +379,19 @@ class RdmDistillConfig(TrainingArguments):
     def prompts_per_generation(self) -> int:
         """Prompts of all processes that are drawn before one of their rollouts is used again."""
         return self.per_device_train_batch_size // self.num_generations * self.world_size * self.steps_per_generation
+
+    def _check_grid(self):
+        if (self.sample_height is None) != (self.sample_width is None):
+            raise ValueError("Give `sample_height` and `sample_width`, or neither.")
+        for name, largest in (("sample_sigmas", 1.0), ("sample_timesteps", float("inf"))):
+            grid = getattr(self, name)
+            if grid is None:
+                continue
+            if len(grid) != self.sample_num_steps:
+                raise ValueError(f"`{name}` has {len(grid)} values for `sample_num_steps={self.sample_num_steps}`.")
+            falling = all(first > second for first, second in zip([float("inf"), *grid], grid, strict=False))
+            if not falling or grid[0] > largest or grid[-1] <= 0:
+                raise ValueError(f"`{name}` is {grid}, but must be falling numbers above 0, at most {largest:g}.")
 
     def to_dict(self):
         """As in `TrainingArguments`, with functions among `reward_funcs` by name, for logs and checkpoints."""

@@ -25,18 +25,16 @@ def generate_samples(trainer, iterations: int, batch_size: int) -> tuple[list[di
                 x0 = trainer.predict_x0(trainer.model, "student", rollout.latents[:, k], t, condition)
                 next_t = trainer.student_timesteps[k + 1].expand(batch_size)
                 log_probs.append(policy.log_prob(rollout.latents[:, k + 1], x0, next_t, trainer.process))
-        tokenizer = trainer.sd_pipeline.tokenizer
+        negative = trainer.encode_negative([trainer.args.negative_prompts] * batch_size)
         samples.append(
             {
-                "prompt_ids": tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids,
+                "prompt_ids": trainer.family.prompt_ids(prompts),
                 **condition,
                 "timesteps": trainer.student_timesteps[:last].expand(batch_size, -1),
                 "latents": rollout.latents[:, :last],
                 "next_latents": rollout.latents[:, 1 : last + 1],
                 "log_probs": torch.stack(log_probs, 1) if last else torch.zeros(batch_size, 0),
-                "negative_prompt_embeds": trainer.encode([trainer.args.negative_prompts] * batch_size)[
-                    "prompt_embeds"
-                ],
+                **{f"negative_{key}": value for key, value in negative.items()},
             }
         )
         pairs.append([trainer.family.decode(rollout.latents[:, -1]), prompts, metadata])

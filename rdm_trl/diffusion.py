@@ -8,6 +8,8 @@ Everything is written for \\(x_t = a_t x_0 + b_t \epsilon\\). A variance-preserv
 """
 
 import inspect
+import math
+from typing import Any
 
 import torch
 from diffusers import (
@@ -20,6 +22,16 @@ from diffusers import (
 
 
 FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+# Of a flow-matching scheduler, what shifts its grid.
+SHIFT_OPTIONS = (
+    "num_train_timesteps",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "time_shift_type",
+)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
@@ -40,7 +52,7 @@ class NoiseProcess:
 
     def __init__(self, scheduler: SchedulerMixin):
         self.num_train_timesteps = scheduler.config.num_train_timesteps
-        if isinstance(scheduler, FLOW_SCHEDULERS):
+        if is_flow(scheduler):
             self.prediction_type = "flow_prediction"
             self.alphas_cumprod = None
         elif hasattr(scheduler, "alphas_cumprod"):
@@ -115,25 +127,95 @@ class NoiseProcess:
         return (a * x0 - x_t) / b.square()
 
 
-def make_student_scheduler(scheduler: SchedulerMixin, num_steps: int) -> SchedulerMixin:
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether the scheduler's process is flow matching; DPM-Solver and UniPC know both."""
+    return isinstance(scheduler, FLOW_SCHEDULERS) or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def make_student_scheduler(
+    scheduler: SchedulerMixin,
+    num_steps: int,
+    grid: dict[str, Any] | None = None,
+    sigmas: list[float] | None = None,
+    timesteps: list[float] | None = None,
+) -> SchedulerMixin:
     """
     The scheduler that the student is trained on, saved with and sampled with.
 
     Each step predicts x0 and noises it again to the next time. Variance-preserving pipelines get an `LCMScheduler`
     whose default grid is even from the last timestep down, `[999, 749, 499, 249]` for four steps (DMD2's); flow
-    matching ones a `FlowMatchLCMScheduler` on their own shifted grid. Plain diffusers runs it by
-    `num_inference_steps=num_steps`.
+    matching ones a `FlowMatchLCMScheduler` whose grid is even too, `[1, 0.75, 0.5, 0.25]`, before the pipeline's own
+    static or dynamic shift. Plain diffusers runs both by `num_inference_steps=num_steps`.
+
+    Args:
+        scheduler (`SchedulerMixin`): the pipeline's.
+        num_steps (`int`): K.
+        grid (`dict`, *optional*): what the pipeline hands to `set_timesteps` beside the number of steps.
+        sigmas (`list[float]`, *optional*): K falling noise levels in (0, 1] of a flow-matching grid of the user's own.
+            A plain call reproduces it by `sigmas=sigmas`.
+        timesteps (`list[float]`, *optional*): the same for a variance-preserving one, by `timesteps=timesteps`.
+
+    Raises:
+        ValueError: `sigmas` for a variance-preserving scheduler, or `timesteps` for flow matching.
     """
-    if isinstance(scheduler, FLOW_SCHEDULERS):
-        student = FlowMatchLCMScheduler.from_config(scheduler.config)
+    if is_flow(scheduler):
+        if timesteps is not None:
+            raise ValueError("`sample_timesteps` is for variance-preserving schedulers: give `sample_sigmas`.")
+        return _make_flow_scheduler(scheduler, num_steps, grid or {}, sigmas)
+    if sigmas is not None:
+        raise ValueError("`sample_sigmas` is for flow-matching schedulers: give `sample_timesteps`.")
+    # Only what both know, or the saved file would warn of every other option.
+    known = inspect.signature(LCMScheduler).parameters
+    student = LCMScheduler.from_config(
+        {name: value for name, value in scheduler.config.items() if name in known},
+        original_inference_steps=scheduler.config.num_train_timesteps,
+        clip_sample=False,
+        thresholding=False,
+    )
+    if timesteps is not None:
+        student.set_timesteps(timesteps=[int(timestep) for timestep in timesteps])
     else:
-        # Only what both know, or the saved file would warn of every other option.
-        known = inspect.signature(LCMScheduler).parameters
-        student = LCMScheduler.from_config(
-            {name: value for name, value in scheduler.config.items() if name in known},
-            original_inference_steps=scheduler.config.num_train_timesteps,
-            clip_sample=False,
-            thresholding=False,
-        )
+        student.set_timesteps(num_steps)
+    return student
+
+
+def _make_flow_scheduler(
+    scheduler: SchedulerMixin, num_steps: int, grid: dict[str, Any], sigmas: list[float] | None
+) -> FlowMatchLCMScheduler:
+    num_train_timesteps = scheduler.config.num_train_timesteps
+    if sigmas is not None:
+        # Shifts act on the sigmas of a call as well: these are the noise levels themselves.
+        student = FlowMatchLCMScheduler(num_train_timesteps)
+        student.set_timesteps(sigmas=sigmas)
+        return student
+    known = {name: scheduler.config[name] for name in SHIFT_OPTIONS if name in scheduler.config}
+    shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
+    if "sigmas" in grid:
+        # Without the options that end the grid at a noise level that few steps are too dear for.
+        student = FlowMatchLCMScheduler.from_config({**known, "shift": shift})
+        student.set_timesteps(**grid)
+        return student
+    # The scheduler's own grid ends at its smallest noise level, where one of a few steps is lost.
+    if known.get("use_dynamic_shifting"):
+        linear = known.get("time_shift_type") == "linear"
+        shift = grid["mu"] if linear else math.exp(grid["mu"])
+    student = FlowMatchLCMScheduler(num_train_timesteps, **_even_grid(shift, num_steps, num_train_timesteps))
     student.set_timesteps(num_steps)
     return student
+
+
+def _even_grid(shift: float, num_steps: int, num_train_timesteps: int) -> dict[str, float]:
+    r"""
+    `shift` and `shift_terminal` of a flow-matching scheduler whose own K-step grid is the even one,
+    \\(s_k = 1 - k/K\\), under the wanted shift \\(\sigma = m s / (1 + (m - 1) s)\\).
+
+    Such a scheduler spreads K points over \\([s_\min, 1]\\), shifts them by its own \\(m'\\) and then stretches them
+    to end at `shift_terminal`. Both maps are fractional linear in \\(1 - s\\) and keep 0, so that equality asks only
+    for \\((m' - 1) / m' \cdot (1 - s_\min) = (m - 1) / m \cdot (K - 1) / K\\), where \\(s_\min\\) itself is the
+    training range's smallest level shifted by \\(m'\\): a quadratic equation.
+    """
+    if num_steps == 1:
+        return {"shift": 1.0}
+    q = (shift - 1) / shift * (num_steps - 1) / num_steps
+    root = math.sqrt(max((1 - q) ** 2 - 4 * q / (num_train_timesteps - 1), 0.0))
+    return {"shift": 2 / (1 - q + root), "shift_terminal": shift / (num_steps + shift - 1)}

@@ -43,7 +43,8 @@ class FakeScore:
                 raise FloatingPointError(f"The fake score's loss is {loss.item()}; lower `fake_learning_rate`.")
             loss.backward()
             values.append(loss.detach())
-        for parameter in self.parameters:
+        # Some layers may have no part in the output: the last block's text stream, for example.
+        for parameter in (parameter for parameter in self.parameters if parameter.grad is not None):
             parameter.grad = reduce(parameter.grad / len(values), "mean")
         if self.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)

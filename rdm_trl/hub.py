@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 
 from .config import RdmDistillConfig
+from .pipelines.base import PipelineFamily
 
 
 CARD = """---
@@ -23,17 +24,17 @@ A LoRA that lets {{ base_name }} draw an image in {{ num_steps }} unguided denoi
 
 ```python
 import torch
-from diffusers import DiffusionPipeline, {{ scheduler_class }}
-{{ base_import }}
-pipe = DiffusionPipeline.from_pretrained({{ base }}, dtype=torch.float32)
-pipe.load_lora_weights({{ repo }})
+from diffusers import {{ pipeline_class }}, {{ scheduler_class }}
+{{ lora_import }}{{ base_import }}
+pipe = {{ pipeline_class }}.from_pretrained({{ base }}, dtype=torch.float32)
+{{ load_lora }}
 pipe.scheduler = {{ scheduler_class }}.from_pretrained({{ repo }}, subfolder="scheduler")
-image = pipe({{ prompt }}, num_inference_steps={{ num_steps }}, guidance_scale=1.0).images[0]
+image = {{ call }}.images[0]
 image.save("image.png")
 ```
 
 The scheduler is part of the model: with another one the student was never trained. Its timesteps are {{ timesteps }}.
-{% if table %}
+{{ note }}{% if table %}
 ## Figures
 
 {{ table }}
@@ -115,14 +116,22 @@ def figures_table(metrics: dict) -> str:
 
 
 def model_card(
-    name: str, repo: str, base: str | None, prompt: str, scheduler, settings: dict, metrics: dict, tags: list[str]
+    name: str,
+    repo: str,
+    base: str | None,
+    prompt: str,
+    family: PipelineFamily,
+    settings: dict,
+    metrics: dict,
+    tags: list[str],
 ) -> ModelCard:
     """
     Args:
         repo (`str`): where `load_lora_weights` finds the checkpoint: a Hub id or a folder.
         base (`str`, *optional*): path or Hub id of the base pipeline; `None` for the embedded one.
-        scheduler: the student's, with its timesteps set.
+        family (`PipelineFamily`): with the student's scheduler made.
     """
+    lora_import, load_lora = family.load_code(repo)
     method = METHODS[settings["dm_normalization"]]
     if settings["reward_funcs"]:
         names = ", ".join(f"`{reward}`" for reward in settings["reward_funcs"])
@@ -131,8 +140,8 @@ def model_card(
         ModelCardData(
             base_model=base,
             library_name="diffusers",
-            pipeline_tag="text-to-image",
-            tags=tags,
+            pipeline_tag=family.pipeline_tag,
+            tags=[family.pipeline_tag, *tags],
         ),
         template_str=CARD,
         name=name,
@@ -140,10 +149,14 @@ def model_card(
         base=repr(base) if base else "DEMO_PIPELINE",
         base_name=base or "rdm_trl's embedded Fashion-MNIST pipeline",
         base_import="" if base else "from rdm_trl.demo import DEMO_PIPELINE  # a path\n",
-        scheduler_class=type(scheduler).__name__,
-        timesteps=scheduler.timesteps.tolist(),
+        pipeline_class=family.card_class,
+        scheduler_class=type(family.student_scheduler).__name__,
+        timesteps=family.student_scheduler.timesteps.tolist(),
+        lora_import=lora_import,
+        load_lora=load_lora,
+        call=family.call_code(prompt, settings["sample_num_steps"]),
         num_steps=settings["sample_num_steps"],
-        prompt=repr(prompt),
+        note=family.card_note,
         method=method,
         settings=settings,
         table=figures_table(metrics) if "student" in metrics else "",

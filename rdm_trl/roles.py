@@ -5,7 +5,8 @@ import warnings
 from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from diffusers.loaders import PeftAdapterMixin
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -36,7 +37,10 @@ class Roles(nn.Module):
                 "ignore", message="Already found a `peft_config`"
             )  # several adapters are the point
             for name in ADAPTERS:
-                denoiser.add_adapter(lora_config, adapter_name=name)
+                if isinstance(denoiser, PeftAdapterMixin):
+                    denoiser.add_adapter(lora_config, adapter_name=name)
+                else:
+                    inject_adapter_in_model(lora_config, denoiser, name)
         self.layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
         for parameter in self.adapter_parameters(*ADAPTERS):
             parameter.data = parameter.data.float()  # a half-precision base, full-precision training

@@ -25,7 +25,7 @@ from .callbacks import DriftWarningCallback, EmaCallback, ImageTracker, SampleGr
 from .config import RdmDistillConfig
 from .ddpo import generate_samples, policy_loss
 from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
-from .diffusion import NoiseProcess, make_student_scheduler
+from .diffusion import NoiseProcess
 from .experience import Experience
 from .fake_score import FakeScore
 from .hub import model_card, run_settings, write_metrics
@@ -75,7 +75,7 @@ class RdmDistillTrainer(Trainer):
         ValueError: no prompts, an unsupported pipeline or scheduler, mismatched weights; before anything is trained.
     """
 
-    _tag_names = ["diffusers", "lora", "text-to-image", "trl", "rdm-trl"]
+    _tag_names = ["diffusers", "lora", "trl", "rdm-trl"]
 
     def __init__(
         self,
@@ -98,12 +98,14 @@ class RdmDistillTrainer(Trainer):
             dtype = torch.bfloat16 if config.bf16 else torch.float32
             sd_pipeline = DiffusionPipeline.from_pretrained(sd_pipeline, dtype=dtype)
         self.sd_pipeline = sd_pipeline
-        self.family = family_of(sd_pipeline)
+        self.family = family_of(sd_pipeline, config.sample_height, config.sample_width)
         self.base_model = sd_pipeline.config.get("_name_or_path") or sd_pipeline.name_or_path
         self.is_demo = self.base_model == DEMO_PIPELINE
         self.encode = PromptCache(self.family.encode_prompts, config.per_device_eval_batch_size)
+        self.encode_negative = PromptCache(self.family.encode_negative_prompts, 1)
         self.process = NoiseProcess(sd_pipeline.scheduler)
-        self.student_scheduler = make_student_scheduler(sd_pipeline.scheduler, config.sample_num_steps)
+        grid = (config.sample_num_steps, config.sample_sigmas, config.sample_timesteps)
+        self.student_scheduler = self.family.make_student_scheduler(*grid)
 
         # Rewards
         if reward_function is None:
@@ -179,16 +181,15 @@ class RdmDistillTrainer(Trainer):
 
     @torch.no_grad()
     def predict_teacher(self, x_t, timesteps, condition) -> torch.Tensor:
-        """The teacher's denoised prediction, with guidance: both halves in one batch."""
-        guidance_scale = self.args.sample_guidance_scale
-        self.cost["teacher_evaluations"] += len(x_t) * (2 if guidance_scale > 1 else 1)
-        if guidance_scale <= 1:
-            return self.predict_x0(self.model, "teacher", x_t, timesteps, condition)
-        negative = self.encode([self.args.negative_prompts])
-        both = {key: torch.cat([value, negative[key].expand_as(value)]) for key, value in condition.items()}
-        x0 = self.predict_x0(self.model, "teacher", torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both)
-        conditional, unconditional = x0.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        """The teacher's denoised prediction, with guidance as its pipeline computes it."""
+
+        def denoise(x_t, timesteps, condition):
+            self.cost["teacher_evaluations"] += len(x_t)
+            return self.family.denoise(lambda *a, **k: self.model("teacher", *a, **k), x_t, timesteps, condition)
+
+        negative = self.encode_negative([self.args.negative_prompts])
+        output = self.family.guide(denoise, x_t, timesteps, condition, negative, self.args.sample_guidance_scale)
+        return self.process.to_x0(output, x_t, timesteps)
 
     # ------------------------------------------------------------------------------------------- sample, score, update
 
@@ -443,17 +444,16 @@ class RdmDistillTrainer(Trainer):
             description (`str`, *optional*): title of a progress bar.
             seed (`int`, *optional*): of the noise; the run's seed by default.
         """
-        args, base_scheduler = self.args, self.sd_pipeline.scheduler
-        seed = args.seed if seed is None else seed
+        args, base_scheduler, unguided = self.args, self.sd_pipeline.scheduler, self.family.student_guidance_scale
         role, scheduler, num_steps, guidance_scale = {
             "teacher": ("teacher", base_scheduler, args.teacher_num_steps, args.teacher_guidance_scale),
-            "base": ("teacher", base_scheduler, args.sample_num_steps, 1.0),
-            "student": ("ema", self.student_scheduler, args.sample_num_steps, 1.0),
+            "base": ("teacher", base_scheduler, args.sample_num_steps, unguided),
+            "student": ("ema", self.student_scheduler, args.sample_num_steps, unguided),
         }[who]
         batches = range(0, len(prompts), args.per_device_eval_batch_size)
         images = []
         for i, start in enumerate(tqdm(batches, desc=description, disable=description is None or args.disable_tqdm)):
-            generator = torch.Generator().manual_seed(seed + i)
+            generator = torch.Generator().manual_seed((args.seed if seed is None else seed) + i)
             chunk = prompts[start : start + args.per_device_eval_batch_size]
             with self.model.use(role), self.accelerator.autocast():
                 images.append(
@@ -554,7 +554,7 @@ class RdmDistillTrainer(Trainer):
             repo=repo,
             base=None if self.is_demo else self.base_model,
             prompt=self.train_dataset[0]["prompt"],
-            scheduler=self.student_scheduler,
+            family=self.family,
             settings=self.settings(),
             metrics=self.metrics,
             tags=[*self._tag_names, *(tags or [])],

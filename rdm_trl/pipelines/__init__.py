@@ -1,18 +1,50 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""Which diffusers pipelines can be distilled. A family is one class with the methods of `StableDiffusionFamily`."""
+"""Which diffusers pipelines can be distilled: `docs/families.md` has the table, and says how to add one."""
 
 from diffusers import DiffusionPipeline
 
-from .stable_diffusion import StableDiffusionFamily
+from .base import PipelineFamily
+from .class_conditional import DDIMFamily, DiTFamily, UnconditionalFamily
+from .flux import FluxFamily
+from .flux2 import Flux2KleinFamily
+from .lumina import Lumina2Family
+from .pixart import PixArtSigmaFamily
+from .qwen_image import QwenImageFamily
+from .sana import SanaFamily
+from .stable_diffusion import StableDiffusionFamily, StableDiffusionXLFamily
+from .stable_diffusion_3 import StableDiffusion3Family
+from .z_image import ZImageFamily
 
 
-FAMILIES = {family.pipeline_class: family for family in (StableDiffusionFamily,)}
+FAMILIES = (
+    StableDiffusionFamily,
+    StableDiffusionXLFamily,
+    StableDiffusion3Family,
+    FluxFamily,
+    PixArtSigmaFamily,
+    SanaFamily,
+    Lumina2Family,
+    ZImageFamily,
+    QwenImageFamily,
+    Flux2KleinFamily,
+    DiTFamily,
+    UnconditionalFamily,
+    DDIMFamily,
+)
 
 
-def family_of(pipeline: DiffusionPipeline) -> StableDiffusionFamily:
-    """The family of `pipeline`. Raises `ValueError` for a pipeline class that has none."""
-    for pipeline_class, family in FAMILIES.items():
-        if isinstance(pipeline, pipeline_class):
-            return family(pipeline)
-    supported = ", ".join(pipeline_class.__name__ for pipeline_class in FAMILIES)
-    raise ValueError(f"{type(pipeline).__name__} is not supported yet. Supported pipelines: {supported}.")
+def family_of(pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None) -> PipelineFamily:
+    """
+    The family of `pipeline`, for images of `height` and `width` pixels, by default the pipeline's own.
+
+    Raises:
+        ValueError: the pipeline's class has no family, or cannot draw that size.
+    """
+    for family in FAMILIES:
+        if isinstance(pipeline, family.pipeline_class):
+            return family(pipeline, height, width)
+    supported = ", ".join(family.pipeline_class.__name__ for family in FAMILIES)
+    raise ValueError(
+        f"{type(pipeline).__name__} is not supported yet. Supported pipelines: {supported}. docs/families.md says how "
+        "to add one."
+    )

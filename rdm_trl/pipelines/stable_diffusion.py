@@ -1,104 +1,107 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""Stable Diffusion 1.x and 2.x, and the embedded teacher."""
-
-from pathlib import Path
+"""Stable Diffusion 1.x and 2.x, the embedded teacher, and Stable Diffusion XL."""
 
 import torch
-from diffusers import SchedulerMixin, StableDiffusionPipeline
-from PIL import Image
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from .base import ATTENTION_LAYERS, FEED_FORWARD_LAYERS, PipelineFamily
 
 
-class StableDiffusionFamily:
-    """
-    All that the trainer has to know about a pipeline of this family.
+# Those of LCM-LoRA.
+UNET_LAYERS = [
+    *ATTENTION_LAYERS,
+    "proj_in",
+    "proj_out",
+    *FEED_FORWARD_LAYERS,
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+]
 
-    Attributes:
-        denoiser: the module that gets the adapters.
-        lora_target_modules (`list[str]`): layers that a default LoRA covers (those of LCM-LoRA).
-        latent_shape (`tuple[int]`): of one image's latents.
-    """
 
+class StableDiffusionFamily(PipelineFamily):
     pipeline_class = StableDiffusionPipeline
     denoiser_name = "unet"
-    lora_target_modules = [
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "proj_in",
-        "proj_out",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "conv1",
-        "conv2",
-        "conv_shortcut",
-        "downsamplers.0.conv",
-        "upsamplers.0.conv",
-        "time_emb_proj",
-    ]
+    lora_target_modules = UNET_LAYERS
+    takes_timesteps = True
 
-    def __init__(self, pipeline: StableDiffusionPipeline):
-        self.pipeline = pipeline
-        self.denoiser = pipeline.unet
-        size = self.denoiser.config.sample_size
+    def own_size(self):
+        size, factor = self.denoiser.config.sample_size, self.pipeline.vae_scale_factor
         height, width = (size, size) if isinstance(size, int) else size
-        self.latent_shape = (self.denoiser.config.in_channels, height, width)
-        for module in pipeline.components.values():
-            if isinstance(module, torch.nn.Module):
-                module.requires_grad_(False).eval()
-        pipeline.set_progress_bar_config(disable=True)
+        return height * factor, width * factor
+
+    def size_multiple(self):
+        return 8  # what the pipeline's call asks for, whatever its VAE
+
+    def check_size(self):
+        if self.size:
+            super().check_size()
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """What the denoiser is conditioned on: tensors whose first dimension is `len(prompts)`."""
+    def encode_prompts(self, prompts):
         embeds, _ = self.pipeline.encode_prompt(
             prompts, self.pipeline._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"prompt_embeds": embeds}
 
-    def denoise(self, denoiser, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]):
-        """Raw output (B, C, H, W) of `denoiser` (a callable with the UNet's signature) at `x_t`, timesteps (B,)."""
+    def denoise(self, denoiser, x_t, timesteps, condition):
         x_t = x_t.to(self.denoiser.dtype)
         return denoiser(x_t, timesteps, encoder_hidden_states=condition["prompt_embeds"])
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1], float32, differentiable in `latents`."""
-        vae = self.pipeline.vae
-        images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+class StableDiffusionXLFamily(StableDiffusionFamily):
+    """Conditions: `prompt_embeds` (B, L, D), `pooled_prompt_embeds` (B, D') and `time_ids` (B, 6)."""
+
+    pipeline_class = StableDiffusionXLPipeline
+
+    def own_size(self):
+        return PipelineFamily.own_size(self)
+
+    def time_ids(self, embeds: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        encoder = self.pipeline.text_encoder_2
+        size = (self.height, self.width)
+        time_ids = self.pipeline._get_add_time_ids(
+            size,
+            (0, 0),
+            size,
+            dtype=embeds.dtype,
+            text_encoder_projection_dim=pooled.shape[-1] if encoder is None else encoder.config.projection_dim,
+        )
+        return time_ids.to(embeds.device).expand(len(embeds), -1)
 
     @torch.no_grad()
-    def sample(
-        self,
-        scheduler: SchedulerMixin,
-        prompts: list[str],
-        num_steps: int,
-        guidance_scale: float,
-        negative_prompt: str,
-        generator: torch.Generator,
-    ) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1] of the pipeline itself, in the denoiser's current role."""
-        base_scheduler = self.pipeline.scheduler
-        self.pipeline.scheduler = type(scheduler).from_config(scheduler.config)
-        try:
-            return self.pipeline(
-                prompts,
-                num_inference_steps=num_steps,
-                guidance_scale=guidance_scale,
-                negative_prompt=[negative_prompt] * len(prompts) if guidance_scale > 1 else None,
-                generator=generator,
-                output_type="pt",
-            ).images.float()
-        finally:
-            self.pipeline.scheduler = base_scheduler
+    def encode_prompts(self, prompts):
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "time_ids": self.time_ids(embeds, pooled)}
 
-    def to_pil(self, images: torch.Tensor) -> list[Image.Image]:
-        """PIL images of (B, 3, H, W) in [0, 1]."""
-        return self.pipeline.image_processor.numpy_to_pil(self.pipeline.image_processor.pt_to_numpy(images))
-
-    def save_lora(self, folder: str | Path, state: dict[str, torch.Tensor], metadata: dict):
-        """Writes `pytorch_lora_weights.safetensors`, as `load_lora_weights` of plain diffusers reads it."""
-        self.pipeline.save_lora_weights(
-            folder,
-            **{f"{self.denoiser_name}_lora_layers": state, f"{self.denoiser_name}_lora_adapter_metadata": metadata},
+    @torch.no_grad()
+    def encode_negative_prompts(self, prompts):
+        # Without a negative prompt the pipeline may guide away from zeros (`force_zeros_for_empty_prompt`).
+        _, embeds, _, pooled = self.pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=True, negative_prompt=prompts if any(prompts) else None
         )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "time_ids": self.time_ids(embeds, pooled)}
+
+    def call_arguments(self, prompts, guidance_scale, negative_prompt=""):
+        arguments = super().call_arguments(prompts, guidance_scale, negative_prompt)
+        if not negative_prompt:
+            arguments.pop("negative_prompt", None)
+        return arguments
+
+    def denoise(self, denoiser, x_t, timesteps, condition):
+        return denoiser(
+            x_t.to(self.denoiser.dtype),
+            timesteps,
+            encoder_hidden_states=condition["prompt_embeds"],
+            added_cond_kwargs={"text_embeds": condition["pooled_prompt_embeds"], "time_ids": condition["time_ids"]},
+        )
+
+    def decode(self, latents):
+        config = self.pipeline.vae.config
+        if config.latents_mean is None or config.latents_std is None:
+            return super().decode(latents)
+        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        return super().decode(latents * std + mean * config.scaling_factor)

@@ -1,0 +1,284 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""What all families of pipelines share. See `docs/families.md` for what a new one has to define."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders.lora_base import LoraBaseMixin
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import save_file
+
+from ..diffusion import make_student_scheduler
+
+
+ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+FEED_FORWARD_LAYERS = ["ff.net.0.proj", "ff.net.2"]
+
+
+class PipelineFamily:
+    """
+    All that the trainer has to know about a pipeline. Whatever the pipeline itself can do is left to it.
+
+    Args:
+        pipeline (`DiffusionPipeline`): it is frozen in place.
+        height, width (`int`, *optional*): of the images in pixels; the pipeline's own by default.
+
+    Attributes:
+        denoiser: the module that gets the adapters.
+        lora_target_modules (`list[str]`): layers that a default LoRA covers.
+        latent_shape (`tuple[int]`): of one image's latents, in the form that the denoiser takes them.
+        student_guidance_scale (`float`): `guidance_scale` of the student's plain pipeline call.
+
+    Raises:
+        ValueError: a size that the pipeline cannot draw.
+    """
+
+    pipeline_class: type[DiffusionPipeline]
+    denoiser_name = "transformer"
+    lora_target_modules = [*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS]
+    student_guidance_scale = 1.0
+    takes_timesteps = False  # whether the pipeline's call has `timesteps`
+    pipeline_tag = "text-to-image"
+    card_class = "DiffusionPipeline"  # the class whose `from_pretrained` the model card calls
+    card_note = ""  # what the model card has to say of this family
+
+    def __init__(self, pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None):
+        self.pipeline = pipeline
+        self.denoiser = pipeline.components[self.denoiser_name]
+        for module in pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False).eval()
+        pipeline.set_progress_bar_config(disable=True)
+        own_height, own_width = self.own_size()
+        self.height, self.width = height or own_height, width or own_width
+        # Named in every call of the pipeline, where they are not what it would do by itself.
+        self.size = {} if height is None and width is None else {"height": self.height, "width": self.width}
+        self.check_size()
+        self.latent_shape = self.shape_of_latents()
+        self.student_scheduler = None
+        self.student_grid = {}
+
+    # ------------------------------------------------------------------------------------------------- size and grid
+
+    def own_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the pipeline draws if it is not asked for others."""
+        size = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return size, size
+
+    def size_multiple(self) -> int:
+        """What height and width must be divisible by."""
+        return self.pipeline.vae_scale_factor
+
+    def check_size(self):
+        multiple = self.size_multiple()
+        if self.height % multiple or self.width % multiple:
+            raise ValueError(
+                f"`sample_height` and `sample_width` ({self.height} x {self.width}) must be divisible by {multiple} "
+                f"for {type(self.pipeline).__name__}."
+            )
+
+    def shape_of_latents(self) -> tuple[int, ...]:
+        factor = self.pipeline.vae_scale_factor
+        return self.denoiser.config.in_channels, self.height // factor, self.width // factor
+
+    def grid(self, num_steps: int) -> dict[str, Any]:
+        """What the pipeline hands to its scheduler's `set_timesteps` beside the number of steps."""
+        return {}
+
+    def make_student_scheduler(
+        self, num_steps: int, sigmas: list[float] | None = None, timesteps: list[float] | None = None
+    ) -> SchedulerMixin:
+        """
+        The student's scheduler, with its K timesteps set. The family remembers it, and what a plain call of the
+        pipeline has to be given (`sigmas=`, `timesteps=`) to run a grid of the user's own.
+
+        Raises:
+            ValueError: a grid of the other kind than the scheduler's, or one that the pipeline's call cannot be given.
+        """
+        if timesteps is not None and not self.takes_timesteps:
+            raise ValueError(f"`sample_timesteps` cannot be given to a call of {type(self.pipeline).__name__}.")
+        scheduler = self.pipeline.scheduler
+        self.student_scheduler = make_student_scheduler(scheduler, num_steps, self.grid(num_steps), sigmas, timesteps)
+        if sigmas is not None:
+            self.student_grid = {"sigmas": [float(sigma) for sigma in sigmas]}
+        elif timesteps is not None:
+            self.student_grid = {"timesteps": self.student_scheduler.timesteps.tolist()}
+        return self.student_scheduler
+
+    # ------------------------------------------------------------------------------------------- prompts and denoiser
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """What the denoiser is conditioned on: tensors whose first dimension is `len(prompts)`."""
+        raise NotImplementedError
+
+    def encode_negative_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """The same for the other half of guidance; an empty prompt means the pipeline's own unconditional."""
+        return self.encode_prompts(prompts)
+
+    def prompt_ids(self, prompts: list[str]) -> torch.Tensor:
+        """Token ids (B, L) of the prompts, or their labels; DDPO's `prompt_ids`."""
+        tokenizer = self.pipeline.tokenizer
+        return tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=min(tokenizer.model_max_length, 512),
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+
+    def denoise(
+        self, denoiser: Callable, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """
+        Raw output (B, ...) of `denoiser`, a callable with the signature of the pipeline's own, at `x_t` (B, ...) and
+        `timesteps` (B,) of the scheduler. Where the network's output is the scheduler's with another sign, the
+        scheduler's.
+        """
+        raise NotImplementedError
+
+    def guide(
+        self,
+        denoise: Callable,
+        x_t: torch.Tensor,
+        timesteps: torch.Tensor,
+        condition: dict[str, torch.Tensor],
+        negative: dict[str, torch.Tensor],
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """
+        The guided output (B, ...) of `denoise(x_t, timesteps, condition)`, as the pipeline computes it: without a
+        `guidance_scale` above 1 the plain one, else both halves in one batch. `negative` is one prompt's condition.
+        """
+        if guidance_scale <= 1:
+            return denoise(x_t, timesteps, condition)
+        both = {key: torch.cat([value, negative[key].expand_as(value)]) for key, value in condition.items()}
+        output = denoise(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both)
+        conditional, unconditional = output.float().chunk(2)
+        return self.combine(conditional, unconditional, guidance_scale)
+
+    def combine(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """The pipeline's formula of guidance."""
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    # --------------------------------------------------------------------------------------------------------- images
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1], float32, differentiable in `latents`."""
+        vae = self.pipeline.vae
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    def call_arguments(self, prompts: list[str], guidance_scale: float, negative_prompt: str = "") -> dict[str, Any]:
+        """Arguments of the pipeline's call, but for the number of steps, the generator and the output's type."""
+        arguments = {"prompt": prompts, "guidance_scale": guidance_scale, **self.size}
+        if guidance_scale > 1:
+            arguments["negative_prompt"] = [negative_prompt] * len(prompts)
+        return arguments
+
+    @torch.no_grad()
+    def sample(
+        self,
+        scheduler: SchedulerMixin,
+        prompts: list[str],
+        num_steps: int,
+        guidance_scale: float,
+        negative_prompt: str,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1] of the pipeline itself, in the denoiser's current role."""
+        arguments = self.call_arguments(prompts, guidance_scale, negative_prompt)
+        if scheduler is self.student_scheduler:
+            arguments |= self.student_grid
+        base_scheduler = self.pipeline.scheduler
+        self.pipeline.scheduler = type(scheduler).from_config(scheduler.config)
+        device = self.denoiser.device
+        try:
+            # Many pipelines do not hand their generator on to the scheduler, whose noise then is torch's.
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(generator.initial_seed() + 1)
+                images = self.pipeline(
+                    **arguments, num_inference_steps=num_steps, generator=generator, output_type="pt"
+                ).images
+        finally:
+            self.pipeline.scheduler = base_scheduler
+        return images.float()
+
+    def to_pil(self, images: torch.Tensor) -> list[Image.Image]:
+        """PIL images of (B, 3, H, W) in [0, 1]."""
+        return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def save_lora(self, folder: str | Path, state: dict[str, torch.Tensor], metadata: dict[str, Any]):
+        """
+        Writes `pytorch_lora_weights.safetensors`, as `load_lora_weights` of plain diffusers reads it; for a pipeline
+        without that method, `adapter_model.safetensors` and `adapter_config.json`, as peft's `from_pretrained` does.
+        """
+        name = self.denoiser_name
+        if isinstance(self.pipeline, LoraBaseMixin):
+            layers = {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": metadata}
+            self.pipeline.save_lora_weights(folder, **layers)
+        else:
+            state = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
+            save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+            LoraConfig.from_peft_type(**metadata).save_pretrained(folder)
+
+    def load_code(self, repo: str) -> tuple[str, str]:
+        """Two lines for the model card: what has to be imported (or nothing), and what loads `repo` into `pipe`."""
+        if isinstance(self.pipeline, LoraBaseMixin):
+            return "", f"pipe.load_lora_weights({repo!r})"
+        name = f"pipe.{self.denoiser_name}"
+        return (
+            "from peft import PeftModel\n",
+            f"{name} = PeftModel.from_pretrained({name}, {repo!r}).merge_and_unload()",
+        )
+
+    def call_code(self, prompt: str, num_steps: int) -> str:
+        """The plain call of the pipeline that draws as the student was trained, for the model card."""
+        arguments = self.call_arguments([prompt], self.student_guidance_scale)
+        if "prompt" in arguments:
+            arguments["prompt"] = prompt
+        # A call with a grid of its own takes the number of steps from it.
+        arguments |= self.student_grid or {"num_inference_steps": num_steps}
+        return f"pipe({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+
+
+def dynamic_shift(
+    calculate_shift: Callable, scheduler: SchedulerMixin, image_seq_len: int, max_shift: float = 1.15
+) -> float:
+    """`mu` of the pipeline's own `calculate_shift` for images of `image_seq_len` tokens."""
+    config = scheduler.config
+    return calculate_shift(
+        image_seq_len,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", max_shift),
+    )
+
+
+def refuse_negative_prompts(family: PipelineFamily, prompts: list[str]):
+    """Raises `ValueError` for a negative prompt, where the pipeline has none."""
+    if any(prompts):
+        raise ValueError(f"{type(family.pipeline).__name__} has no negative prompts: leave out `negative_prompts`.")
+
+
+def normalized_guidance(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """Guidance (B, ..., D) that keeps the conditional output's norm along the last dimension."""
+    guided = unconditional + guidance_scale * (conditional - unconditional)
+    return guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+
+def pad_prompts(embeds: list[torch.Tensor], length: int = 512) -> dict[str, torch.Tensor]:
+    """`prompt_embeds` (B, `length`, D) and `prompt_attention_mask` (B, `length`) of embeddings (L, D)."""
+    masks = [row.new_ones(len(row), dtype=torch.long) for row in embeds]
+    return {
+        "prompt_embeds": torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in embeds]),
+        "prompt_attention_mask": torch.stack([F.pad(mask, (0, length - len(mask))) for mask in masks]),
+    }

@@ -1,0 +1,89 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""FLUX.1 dev, whose guidance is an input of the network, and schnell, which has none."""
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+from .base import ATTENTION_LAYERS, FEED_FORWARD_LAYERS, PipelineFamily, dynamic_shift, refuse_negative_prompts
+
+
+class FluxFamily(PipelineFamily):
+    """
+    Latents are packed, (H/2 * W/2, 4 C). Conditions: `prompt_embeds` (B, L, D), `pooled_prompt_embeds` (B, D') and,
+    with guidance embeddings, `guidance` (B,): `sample_guidance_scale` for the teacher, 3.5 for student and fake score.
+    """
+
+    pipeline_class = FluxPipeline
+    lora_target_modules = [
+        *ATTENTION_LAYERS,
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        *FEED_FORWARD_LAYERS,
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+        "proj_mlp",
+    ]
+    student_guidance_scale = 3.5  # the default of the pipeline's call
+
+    def __init__(self, pipeline, height=None, width=None):
+        super().__init__(pipeline, height, width)
+        if self.denoiser.config.guidance_embeds:
+            self.card_note = (
+                "\nThe student knows no other `guidance_scale`: the base model takes it as an input, and the student "
+                "was trained with this one.\n"
+            )
+
+    def size_multiple(self):
+        return self.pipeline.vae_scale_factor * 2
+
+    def shape_of_latents(self):
+        multiple = self.size_multiple()
+        return (self.height // multiple) * (self.width // multiple), self.denoiser.config.in_channels
+
+    def grid(self, num_steps):
+        mu = dynamic_shift(calculate_shift, self.pipeline.scheduler, self.latent_shape[0])
+        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts):
+        embeds, pooled, _ = self.pipeline.encode_prompt(prompts)
+        condition = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        if self.denoiser.config.guidance_embeds:
+            condition["guidance"] = torch.full((len(prompts),), self.student_guidance_scale, device=embeds.device)
+        return condition
+
+    def encode_negative_prompts(self, prompts):
+        refuse_negative_prompts(self, prompts)
+        return {}
+
+    def denoise(self, denoiser, x_t, timesteps, condition):
+        dtype, device, multiple = self.denoiser.dtype, x_t.device, self.size_multiple()
+        embeds = condition["prompt_embeds"]
+        image_ids = self.pipeline._prepare_latent_image_ids(
+            1, self.height // multiple, self.width // multiple, device, dtype
+        )
+        return denoiser(
+            hidden_states=x_t.to(dtype),
+            timestep=timesteps.to(dtype) / 1000,  # as the pipeline rounds it
+            guidance=condition.get("guidance"),
+            pooled_projections=condition["pooled_prompt_embeds"],
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=dtype),
+            img_ids=image_ids,
+        )
+
+    def guide(self, denoise, x_t, timesteps, condition, negative, guidance_scale):
+        if "guidance" in condition:
+            condition = {**condition, "guidance": torch.full_like(condition["guidance"], guidance_scale)}
+        return denoise(x_t, timesteps, condition)
+
+    def decode(self, latents):
+        unpacked = self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)
+        return super().decode(unpacked)
+
+    def call_arguments(self, prompts, guidance_scale, negative_prompt=""):
+        return {"prompt": prompts, "guidance_scale": guidance_scale, **self.size}
