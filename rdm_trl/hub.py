@@ -1,15 +1,16 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""What a distilled checkpoint is, beside its LoRA: a model card that says how to use it and how it was made."""
+"""What a distilled checkpoint is: LoRA, scheduler, figures, and a card that says how to use it and how it was made."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from peft import LoraConfig
 
 from .config import RdmDistillConfig
-from .pipelines.base import PipelineFamily
+from .evaluation import peak_memory_mb
 
 
 CARD = """---
@@ -40,16 +41,22 @@ The scheduler is part of the model: with another one the student was never train
 {{ table }}
 
 {{ figures_note }}
-{% endif %}
+{% endif %}{% if grid %}
 ![teacher, base and student]({{ grid }})
-
+{% endif %}
 ## Settings
+
+<details><summary>All that is needed to repeat the run</summary>
 
 | setting | value |
 |---|---|
 {% for key, value in settings.items() -%}
-| `{{ key }}` | `{{ value }}` |
+| `{{ key }}` | `{{ value | string | replace("|", "\\|") }}` |
 {% endfor %}
+</details>
+
+The licence of {{ base_name }} holds for what is made with it, this LoRA included.
+
 ## Citation
 
 ```bibtex
@@ -91,13 +98,40 @@ def run_settings(
     settings = {name: str(v.value) if hasattr(v, "value") else v for name, v in settings.items()}
     settings["reward_funcs"] = rewards
     lora = {"lora_r": lora_config.r, "lora_alpha": lora_config.lora_alpha}
+    layers = lora_config.target_modules
+    lora["lora_target_modules"] = layers if isinstance(layers, str) else sorted(layers)
     return {"base_model": base_model, "num_processes": config.world_size, **settings, **lora}
 
 
-def write_metrics(folder: Path, metrics: dict[str, Any]):
-    """`metrics.json` of a checkpoint: figures, settings and cost."""
+def write_metrics(trainer, folder: Path):
+    """`metrics.json` of a checkpoint: figures, settings and cost so far."""
+    trainer.cost |= {"updates": trainer.state.global_step, "peak_memory_mb": peak_memory_mb()}
+    metrics = {**trainer.metrics, "settings": trainer.settings(), "cost": trainer.cost}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def save_checkpoint(trainer, folder: Path):
+    """A distilled checkpoint; in the output folder its card is the Hub's, where there is a repository."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = trainer.model.denoiser.peft_config["ema"].to_dict()
+    trainer.family.save_lora(folder, trainer.model.adapter_state("ema"), metadata)
+    trainer.student_scheduler.save_pretrained(folder / "scheduler")
+    write_metrics(trainer, folder)
+    grid = Path(trainer.args.output_dir) / "samples" / "grid.png"
+    if grid.exists() and not (folder / "samples" / "grid.png").exists():
+        (folder / "samples").mkdir(exist_ok=True)
+        shutil.copy(grid, folder / "samples" / "grid.png")
+    write_card(trainer, folder, trainer.hub_model_id if folder == Path(trainer.args.output_dir) else None)
+
+
+def base_licence(base: str) -> dict[str, str]:
+    """What the base's own card says of its licence, if that card is in its folder or in the Hub's cache."""
+    readme = Path(base) / "README.md" if Path(base).is_dir() else try_to_load_from_cache(base, "README.md")
+    if not isinstance(readme, (str, Path)) or not Path(readme).is_file():
+        return {}
+    card = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+    return {key: card[key] for key in ("license", "license_name", "license_link") if key in card}
 
 
 def figures_table(metrics: dict) -> str:
@@ -115,36 +149,44 @@ def figures_table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def model_card(
-    name: str,
-    repo: str,
-    base: str | None,
-    prompt: str,
-    family: PipelineFamily,
-    settings: dict,
-    metrics: dict,
-    tags: list[str],
-) -> ModelCard:
+def write_card(
+    trainer,
+    folder: Path,
+    repo: str | None = None,
+    name: str | None = None,
+    dataset_name: str | list[str] | None = None,
+    tags: str | list[str] | None = None,
+):
     """
+    `README.md` of a checkpoint.
+
     Args:
-        repo (`str`): where `load_lora_weights` finds the checkpoint: a Hub id or a folder.
-        base (`str`, *optional*): path or Hub id of the base pipeline; `None` for the embedded one.
-        family (`PipelineFamily`): with the student's scheduler made.
+        repo (`str`, *optional*): where its code finds the checkpoint: a Hub id; by default `folder`.
+        name (`str`, *optional*): in its heading; the repository's or folder's by default.
+        dataset_name (`str` or `list[str]`, *optional*): Hub ids of the prompts' data sets.
+        tags (`str` or `list[str]`, *optional*): beside the trainer's own.
     """
+    settings, metrics, family = trainer.settings(), trainer.metrics, trainer.family
+    base = None if trainer.is_demo else trainer.base_model
+    repo = repo or str(folder.absolute())
     lora_import, load_lora = family.load_code(repo)
     method = METHODS[settings["dm_normalization"]]
     if settings["reward_funcs"]:
         names = ", ".join(f"`{reward}`" for reward in settings["reward_funcs"])
         method += f"; with the rewards {names} (`reward_mixing={settings['reward_mixing']!r}`)"
-    return ModelCard.from_template(
+    on_hub = base is not None and not Path(base).exists()  # the Hub accepts no path
+    card = ModelCard.from_template(
         ModelCardData(
-            base_model=base,
+            base_model=base if on_hub else None,
+            base_model_relation="adapter" if on_hub else None,
             library_name="diffusers",
             pipeline_tag=family.pipeline_tag,
-            tags=[family.pipeline_tag, *tags],
+            datasets=dataset_name,
+            tags=[family.pipeline_tag, *trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            **(base_licence(base) if base else {}),
         ),
         template_str=CARD,
-        name=name,
+        name=name or repo.split("/")[-1],
         repo=repr(repo),
         base=repr(base) if base else "DEMO_PIPELINE",
         base_name=base or "rdm_trl's embedded Fashion-MNIST pipeline",
@@ -154,12 +196,13 @@ def model_card(
         timesteps=family.student_scheduler.timesteps.tolist(),
         lora_import=lora_import,
         load_lora=load_lora,
-        call=family.call_code(prompt, settings["sample_num_steps"]),
+        call=family.call_code(trainer.train_dataset[0]["prompt"], settings["sample_num_steps"]),
         num_steps=settings["sample_num_steps"],
         note=family.card_note,
         method=method,
         settings=settings,
         table=figures_table(metrics) if "student" in metrics else "",
         figures_note=metrics.get("note", ""),
-        grid="samples/grid.png",
+        grid="samples/grid.png" if (folder / "samples" / "grid.png").exists() else "",
     )
+    card.save(folder / "README.md")

@@ -1,7 +1,6 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 
 import json
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -28,12 +27,13 @@ from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeli
 from .diffusion import NoiseProcess
 from .experience import Experience
 from .fake_score import FakeScore
-from .hub import model_card, run_settings, write_metrics
+from .hub import run_settings, save_checkpoint, write_card, write_metrics
 from .pipelines import family_of
 from .prompts import PromptCache, PromptSampler, check_prompts, split_rows, training_prompts
 from .rewards import RewardFunction, resolve_reward
 from .rewards.panel import RewardPanel, distribution_matching_push
 from .roles import Roles
+from .upload import prepare_push, push, push_checkpoint
 
 
 class RdmDistillTrainer(Trainer):
@@ -477,7 +477,7 @@ class RdmDistillTrainer(Trainer):
         chosen = [i for i in chosen for _ in range(self.args.num_generations)]
         if self.is_world_process_zero():
             self._measure([all_prompts[i] for i in chosen], [metadata[i] for i in chosen])
-            self._write_metrics(Path(self.args.output_dir))
+            write_metrics(self, Path(self.args.output_dir))
         self.metrics = broadcast_object_list([self.metrics])[0]
         results = {}
         for who, prefix in (("student", ""), ("base", "base_"), ("teacher", "teacher_")):
@@ -528,47 +528,47 @@ class RdmDistillTrainer(Trainer):
         base_model = "rdm_trl.demo" if self.is_demo else self.base_model
         return run_settings(self.args, base_model, self.lora_config, self.rewards.names)
 
-    def _write_metrics(self, folder: Path):
-        self.cost |= {"updates": self.state.global_step, "peak_memory_mb": evaluation.peak_memory_mb()}
-        write_metrics(folder, {**self.metrics, "settings": self.settings(), "cost": self.cost})
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         """A distilled checkpoint: the student's LoRA, its scheduler, card, samples and figures."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        metadata = self.model.denoiser.peft_config["ema"].to_dict()
-        self.family.save_lora(folder, self.model.adapter_state("ema"), metadata)
-        self.student_scheduler.save_pretrained(folder / "scheduler")
-        self._write_metrics(folder)
-        grid = Path(self.args.output_dir) / "samples" / "grid.png"
-        if grid.exists() and not (folder / "samples" / "grid.png").exists():
-            (folder / "samples").mkdir(exist_ok=True)
-            shutil.copy(grid, folder / "samples" / "grid.png")
-        self._write_card(folder, folder.absolute().name, str(folder.absolute()))
+        if self.args.should_save:
+            save_checkpoint(self, Path(output_dir if output_dir is not None else self.args.output_dir))
 
-    def _write_card(self, folder: Path, name: str, repo: str, tags: list[str] | None = None):
-        card = model_card(
-            name=name,
-            repo=repo,
-            base=None if self.is_demo else self.base_model,
-            prompt=self.train_dataset[0]["prompt"],
-            family=self.family,
-            settings=self.settings(),
-            metrics=self.metrics,
-            tags=[*self._tag_names, *(tags or [])],
-        )
-        card.save(folder / "README.md")
-
-    def create_model_card(self, model_name=None, tags=None, **kwargs):
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ):
         """Writes `README.md` of the output folder, for the repository that `push_to_hub` uploads to."""
         if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            repo = self.hub_model_id or str(folder.absolute())
-            self._write_card(
-                folder, model_name or folder.absolute().name, repo, [tags] if isinstance(tags, str) else tags
-            )
+            write_card(self, Path(self.args.output_dir), self.hub_model_id, model_name, dataset_name, tags)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None):
+        """With `push_to_hub=True` before anything is trained: a repository that cannot be written to is an error."""
+        if self.is_world_process_zero():
+            prepare_push(self, token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """
+        Saves to `output_dir` and uploads LoRA, scheduler, card, samples and figures; never the base or an optimizer.
+
+        Arguments are `Trainer.push_to_hub`'s; `kwargs` are those of `create_model_card`.
+
+        Raises:
+            RuntimeError: the upload failed; what was saved stays, and the message says how to try again.
+        """
+        return push(self, commit_message, blocking, token, revision, private, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        push_checkpoint(self, Path(checkpoint_folder))
 
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)
