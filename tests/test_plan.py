@@ -10,6 +10,7 @@ from conftest import make_tiny_pipeline
 from peft import LoraConfig
 
 from rdm_trl import plan
+from rdm_trl.cli import main
 from rdm_trl.demo import DEMO_PIPELINE, load_demo_pipeline
 from rdm_trl.pipelines import family_of
 from rdm_trl.roles import Roles
@@ -69,9 +70,10 @@ def test_checkpointing_and_batch_size():
     assert activations(8, True) < 0.4 * activations(8, False)
 
 
-def test_plan_picks_what_fits(tmp_path):
+def test_plan_picks_what_fits(tmp_path, capsys):
     make_tiny_pipeline().save_pretrained(tmp_path)
-    text = plan.plan(str(tmp_path), gpu_memory=1.0)
+    main(["plan", "--model", str(tmp_path), "--gpu-memory", "1"])
+    text = capsys.readouterr().out
     assert "per_device_train_batch_size: 32" in text and "activation_checkpointing: false" in text
     assert "Does not fit in 1e-05 GiB" in plan.plan(str(tmp_path), gpu_memory=1e-5)
     needs = plan.memory_of(plan.load_without_weights(str(tmp_path)), 8, True).total
