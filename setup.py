@@ -33,4 +33,5 @@ setup(
         "huggingface_hub>=2.4",
     ],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["rdm-trl = rdm_trl.cli:main"]},
 )

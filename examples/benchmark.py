@@ -22,13 +22,21 @@ from functools import wraps
 from pathlib import Path
 
 import torch
-from teachers import TEACHERS
+from datasets import Dataset
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, TrainerCallback
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer, evaluation, losses, matching, policy
-from rdm_trl.diffusion import NoiseProcess, make_student_scheduler
+from rdm_trl.demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_pipeline
+from rdm_trl.diffusion import NoiseProcess
 from rdm_trl.pipelines import family_of
 
 
@@ -42,11 +50,51 @@ WAYS = {
 }
 
 
+def make_sd3() -> DiffusionPipeline:
+    """A random Stable Diffusion 3 pipeline with a transformer of 100 million parameters, 16x16 latents."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO_PIPELINE, subfolder="tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1
+    )
+    text.update(dict(projection_dim=64, bos_token_id=0, eos_token_id=tokenizer.eos_token_id))
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        num_layers=5,
+        attention_head_dim=64,
+        num_attention_heads=12,
+        joint_attention_dim=768,
+        caption_projection_dim=768,
+        pooled_projection_dim=128,
+        pos_embed_max_size=32,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=2,
+        latent_channels=16,
+        shift_factor=0.1,
+    )
+    return StableDiffusion3Pipeline(
+        transformer.eval(),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae,
+        *(CLIPTextModelWithProjection(text).eval(), tokenizer) * 2,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+# Pipeline and images an update.
+TEACHERS = {"demo": (load_demo_pipeline, 32), "sd3": (make_sd3, 4)}
+
+
 class Stopwatch:
     """Adds up, by name, the seconds of wrapped calls; `networks` are the denoiser's passes in both directions."""
 
     def __init__(self):
-        self.seconds, self.depth = defaultdict(float), 0
+        self.seconds = defaultdict(float)
 
     def now(self) -> float:
         if torch.cuda.is_available():
@@ -69,18 +117,17 @@ class Stopwatch:
 class DmdLoop:
     """DMD2 without its GAN: teacher, student and fake score are whole networks; every update draws its own images."""
 
-    def __init__(self, pipeline, prompts: list[str], batch_size: int):
+    def __init__(self, pipeline: DiffusionPipeline, batch_size: int):
         self.family = family_of(pipeline)
         self.process = NoiseProcess(pipeline.scheduler)
-        self.timesteps = make_student_scheduler(pipeline.scheduler, SETTINGS["sample_num_steps"]).timesteps
+        self.timesteps = self.family.make_student_scheduler(SETTINGS["sample_num_steps"]).timesteps
         self.teacher = self.family.denoiser
         self.student = copy.deepcopy(self.teacher).requires_grad_(True)
         self.fake = copy.deepcopy(self.teacher).requires_grad_(True)
         rate = SETTINGS["learning_rate"]
         self.student_optimizer = torch.optim.AdamW(self.student.parameters(), lr=rate)
         self.fake_optimizer = torch.optim.AdamW(self.fake.parameters(), lr=rate)
-        chosen = [prompts[i % len(prompts)] for i in range(batch_size)]
-        self.condition = self.family.encode_prompts(chosen)
+        self.condition = self.family.encode_prompts([DEMO_PROMPTS[i % len(DEMO_PROMPTS)] for i in range(batch_size)])
         self.negative = self.family.encode_prompts([""] * batch_size)
 
     def x0(self, network, x_t, timesteps, condition):
@@ -139,19 +186,18 @@ class StepTimes(TrainerCallback):
 def measure(way: str, teacher: str, updates: int) -> dict:
     """Seconds an update, peak memory in MiB beyond the imports' and, for the trainer, the parts of an update."""
     before = evaluation.peak_memory_mb()
-    pipeline, prompts, batch_size = TEACHERS[teacher]()
+    make_pipeline, batch_size = TEACHERS[teacher]
+    pipeline = make_pipeline()
     watch = Stopwatch()
     watch.wrap(torch.Tensor, "backward", "networks")
     if way == "dmd2":
-        loop = DmdLoop(pipeline, prompts, batch_size)
+        loop = DmdLoop(pipeline, batch_size)
         for step in tqdm(range(WARMUP + updates), desc=f"{teacher}, {way}"):
             if step == WARMUP:
                 start = watch.now()
             loop.update()
         seconds = (watch.now() - start) / updates
         return {"seconds": seconds, "memory": evaluation.peak_memory_mb() - before}
-
-    from datasets import Dataset
 
     cycle = 4 if way == "ours_is" else 1
     with tempfile.TemporaryDirectory() as folder:
@@ -167,9 +213,8 @@ def measure(way: str, teacher: str, updates: int) -> dict:
             **SETTINGS,
         )
         times = StepTimes(watch)
-        trainer = RdmDistillTrainer(
-            config, sd_pipeline=pipeline, train_dataset=Dataset.from_dict({"prompt": prompts}), callbacks=[times]
-        )
+        prompts = Dataset.from_dict({"prompt": DEMO_PROMPTS})
+        trainer = RdmDistillTrainer(config, sd_pipeline=pipeline, train_dataset=prompts, callbacks=[times])
         watch.wrap(trainer.model.denoiser, "forward", "networks")
         watch.wrap(trainer, "rollout", "rollout")
         watch.wrap(trainer, "predict_teacher", "teacher")

@@ -68,10 +68,11 @@ class RdmDistillConfig(TrainingArguments):
         dm_normalization (`str`, *optional*, defaults to `"group"`):
             What divides R_dm's direction: `"group"`, the scale averaged over the images of a prompt (GNDM);
             `"sample"`, each image's own scale (DMD); `"batch"`, the average over all images; `"none"`, nothing.
-        dm_timestep_sampling (`str`, *optional*, defaults to `"uniform"`):
-            How the noise levels of R_dm are drawn: `"uniform"`, an independent draw for each image; `"stratified"`,
-            one draw from each of `num_generations` equal parts of the range for the images of a prompt; `"shared"`,
-            one draw for each prompt.
+        dm_timestep_sampling (`str`, *optional*, defaults to `"shared"`):
+            How the noise levels of R_dm are drawn: `"shared"`, one draw for each prompt, so that a group's scale is
+            that of one level; `"uniform"`, an independent draw for each image; `"stratified"`, one draw from each of
+            `num_generations` equal parts of the range for the images of a prompt. With very few prompts an update the
+            last two cover more levels.
         dm_estimator (`str`, *optional*, defaults to `"pathwise"`):
             `"pathwise"`, R_dm's gradient as a direction; `"policy_gradient"`, its scalar estimate as a reward like
             any other, normalised over the prompt's group, through the re-noising policy (far noisier; an ablation).
@@ -213,10 +214,10 @@ class RdmDistillConfig(TrainingArguments):
         },
     )
     dm_timestep_sampling: str = field(
-        default="uniform",
+        default="shared",
         metadata={
             "help": "How the noise levels of R_dm are drawn within a prompt's group.",
-            "choices": ["uniform", "stratified", "shared"],
+            "choices": ["shared", "uniform", "stratified"],
         },
     )
     dm_estimator: str = field(
@@ -300,7 +301,7 @@ class RdmDistillConfig(TrainingArguments):
         super().__post_init__()
         for name, choices in (
             ("dm_normalization", ("group", "sample", "batch", "none")),
-            ("dm_timestep_sampling", ("uniform", "stratified", "shared")),
+            ("dm_timestep_sampling", ("shared", "uniform", "stratified")),
             ("dm_estimator", ("pathwise", "policy_gradient")),
             ("importance_sampling_level", ("element", "step", "sequence", "none")),
             ("scale_rewards", ("group", "batch", "none")),

@@ -511,7 +511,7 @@ def test_family(name, tmp_path):
     assert theirs.shape == ours.shape
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     untrained = rollout_of(trainer, case, case.prompts[0], "teacher")
-    assert (untrained - theirs).abs().max() > 3e-4
+    assert (untrained - theirs).abs().max() > 1e-4  # ten times what the comparison above lets pass
     samples, _ = trainer._generate_samples(iterations=1, batch_size=2)
     assert len(samples[0]["prompt_ids"]) == 2
 

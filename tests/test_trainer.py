@@ -104,7 +104,7 @@ def test_only_the_adapters_learn(tmp_path):
 
 def test_the_student_is_trained_along_the_normalised_direction(tmp_path):
     """The gradient of one update, against a separate computation with plain modules."""
-    trainer = make_trainer(tmp_path, sample_guidance_scale=3.0, dm_normalization="group")
+    trainer = make_trainer(tmp_path, sample_guidance_scale=3.0, dm_timestep_sampling="uniform")
     torch.manual_seed(5)
     for name in ("student", "fake"):
         for parameter in trainer.model.adapter_parameters(name):
@@ -159,7 +159,8 @@ def test_an_exit_steps_images_are_matched_only_where_the_next_step_sees_them(tmp
 
     # Both scores are evaluated there only: no call below an image's level.
     for subintervals, lowest in ((True, [749, 499, 249, 0]), (False, [0, 0, 0, 0])):
-        trainer = make_trainer(tmp_path, dm_subintervals=subintervals, per_device_train_batch_size=32)
+        options = dict(dm_timestep_sampling="uniform", per_device_train_batch_size=32)
+        trainer = make_trainer(tmp_path, dm_subintervals=subintervals, **options)
         found = [trainer._prepare_inputs([{"prompt": "a"}] * 32)["experience"] for _ in range(8)]
         for step, low in enumerate(lowest):
             levels = torch.cat([e.timesteps[e.rollout.exit_steps == step] for e in found])

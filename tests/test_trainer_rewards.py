@@ -18,6 +18,7 @@ LEARNING = dict(
     max_steps=30,
     per_device_train_batch_size=32,
     num_generations=16,
+    dm_timestep_sampling="uniform",
     learning_rate=5e-3,
     fake_updates=1,
     ema_decay=0.5,

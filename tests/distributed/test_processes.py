@@ -33,7 +33,7 @@ def test_two_processes_are_one_with_accumulation(tmp_path):
         assert torch.equal(second[key], value), key
         torch.testing.assert_close(alone[key], value, atol=1e-5, rtol=1e-5)
     for role in ("student", "fake", "ema"):
-        assert max((alone[key] - start[key]).abs().max() for key in start if key.startswith(role)) > 1e-3
+        assert max((alone[key] - start[key]).abs().max() for key in start if key.startswith(role)) > 1e-4
 
 
 def test_two_processes_resume_between_two_uses_of_a_rollout(tmp_path):

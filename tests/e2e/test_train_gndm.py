@@ -40,7 +40,6 @@ def test_a_minute_of_training_brings_the_student_nearer_to_teacher_and_data(tmp_
         fake_updates=3,
         sample_guidance_scale=1.0,
         teacher_guidance_scale=1.75,
-        dm_timestep_sampling="stratified",
         ema_decay=0.9,
         log_images_steps=0,
         save_strategy="no",

@@ -1,0 +1,174 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""How much memory a run needs, from the configuration files of a pipeline alone: no weight is read."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import snapshot_download
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from .pipelines import PipelineFamily, family_of
+from .roles import ADAPTERS, Roles
+
+
+GIB = 2**30
+# What CUDA's context, the allocator's gaps and temporary tensors of the passes take, as a share: a rule of thumb.
+RESERVE = 0.15
+
+
+@dataclass
+class Memory:
+    """
+    Bytes on the device.
+
+    Args:
+        denoiser, others: weights in bfloat16; all other models of the pipeline stay on the device too.
+        adapters: student, fake score and average in float32, with the gradients and AdamW states of the first two.
+        activations: what the student's forward pass keeps for its backward pass.
+    """
+
+    denoiser: int
+    others: int
+    adapters: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.rows()["in all"]
+
+    def rows(self) -> dict[str, int]:
+        """The parts by name, and their sum with the reserve."""
+        parts = {
+            "denoiser": self.denoiser,
+            "text encoders, autoencoder": self.others,
+            "adapters, gradients, optimizers": self.adapters,
+            "activations of the student's update": self.activations,
+        }
+        parts[f"reserve, {RESERVE:.0%}"] = int(sum(parts.values()) * RESERVE)
+        return {**parts, "in all": sum(parts.values())}
+
+
+def load_without_weights(model: str, dtype: torch.dtype = torch.bfloat16) -> DiffusionPipeline:
+    """
+    The pipeline of a folder or Hub id with its models on the meta device.
+
+    Raises:
+        OSError: there is no such pipeline.
+    """
+    folder = model
+    if not Path(model).is_dir():
+        folder = snapshot_download(model, allow_patterns=["*.json", "*.txt", "*/tokenizer*", "*/spiece.model"])
+    index = DiffusionPipeline.load_config(folder)
+    components = {}
+    for name, entry in index.items():
+        if not isinstance(entry, (list, tuple)):
+            continue
+        library, class_name = entry
+        if class_name is None:
+            components[name] = None
+            continue
+        cls = getattr(importlib.import_module(library), class_name)
+        if issubclass(cls, (ModelMixin, PreTrainedModel)):
+            with torch.device("meta"):
+                if issubclass(cls, ModelMixin):
+                    module = cls.from_config(cls.load_config(folder, subfolder=name))
+                else:
+                    module = cls(cls.config_class.from_pretrained(folder, subfolder=name))
+            components[name] = module.to(dtype)
+        else:
+            components[name] = cls.from_pretrained(folder, subfolder=name)
+    settings = {k: v for k, v in index.items() if not k.startswith("_") and k not in components}
+    return getattr(diffusers, index["_class_name"])(**components, **settings)
+
+
+def size_of(*modules: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+def saved_activations(family: PipelineFamily, roles: Roles, batch_size: int) -> int:
+    """Bytes that the student's forward pass of `batch_size` images keeps, weights not counted."""
+    weights = {p.untyped_storage()._cdata for p in roles.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # kept alive, so that its address is not used again
+        return tensor
+
+    condition = family.encode_prompts(["a photo"] * batch_size)
+    x_t = torch.randn(batch_size, *family.latent_shape, device="meta")
+    timesteps = torch.full((batch_size,), 500.0, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = family.denoise(lambda *a, **k: roles("student", *a, **k), x_t, timesteps, condition)
+    if not output.requires_grad:
+        raise RuntimeError("No gradient reached the student: its adapter covers no layer of this denoiser.")
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def memory_of(
+    pipeline: DiffusionPipeline,
+    batch_size: int,
+    activation_checkpointing: bool,
+    lora_r: int = 32,
+    height: int | None = None,
+    width: int | None = None,
+) -> Memory:
+    """
+    Args:
+        pipeline: of `load_without_weights`; it gets adapters.
+        batch_size (`int`): `per_device_train_batch_size`, images.
+        height, width (`int`, *optional*): of the images in pixels.
+    """
+    family = family_of(pipeline, height, width)
+    denoiser = size_of(family.denoiser)
+    models = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
+    others = size_of(*models) - denoiser
+    with torch.device("meta"):
+        roles = Roles(
+            family.denoiser, LoraConfig(r=lora_r, lora_alpha=lora_r, target_modules=family.lora_target_modules)
+        )
+    if activation_checkpointing:
+        roles.activation_checkpointing_enable()
+    one = (size_of(roles) - denoiser) // len(ADAPTERS)
+    # Weights of all; a gradient and two moments of student and fake score.
+    adapters = one * (len(ADAPTERS) + 2 * 3)
+    return Memory(denoiser, others, adapters, saved_activations(family, roles, batch_size))
+
+
+def plan(model: str, gpu_memory: float, **options) -> str:
+    """
+    The settings that would fit, and what they need, as text.
+
+    Args:
+        model (`str`): folder or Hub id of a pipeline.
+        gpu_memory (`float`): of the device, in GiB.
+        **options: `lora_r`, `height` and `width` of `memory_of`.
+    """
+    choices = [(batch_size, checkpointing) for batch_size in (32, 16, 8, 4) for checkpointing in (False, True)]
+    for batch_size, checkpointing in choices:
+        memory = memory_of(load_without_weights(model), batch_size, checkpointing, **options)
+        if memory.total <= gpu_memory * GIB:
+            break
+    lines = [f"{name:<40}{size / GIB:8.2f} GiB" for name, size in memory.rows().items()]
+    if memory.total > gpu_memory * GIB:
+        return "\n".join(
+            [
+                *lines,
+                f"\nDoes not fit in {gpu_memory:g} GiB with {batch_size} images a step. Take a quantized base "
+                "(`quantization_config` of diffusers), fewer pixels, or a larger device.",
+            ]
+        )
+    settings = {
+        "per_device_train_batch_size": batch_size,
+        "num_generations": 4,
+        "gradient_accumulation_steps": 32 // batch_size,
+        "activation_checkpointing": str(checkpointing).lower(),
+        "bf16": "true",
+    }
+    return "\n".join([*lines, "", *(f"{name}: {value}" for name, value in settings.items())])

@@ -1,0 +1,82 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""The memory estimate, against what a real pipeline takes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_tiny_pipeline
+from peft import LoraConfig
+
+from rdm_trl import plan
+from rdm_trl.cli import main
+from rdm_trl.demo import DEMO_PIPELINE, load_demo_pipeline
+from rdm_trl.pipelines import family_of
+from rdm_trl.roles import Roles
+
+
+def test_weights_are_those_of_the_real_pipeline():
+    memory = plan.memory_of(plan.load_without_weights(DEMO_PIPELINE), 4, False, lora_r=8)
+    pipeline = load_demo_pipeline()
+    assert memory.denoiser == 2 * sum(p.numel() for p in pipeline.unet.parameters())
+    others = [*pipeline.vae.parameters(), *pipeline.text_encoder.parameters()]
+    assert memory.others == 2 * sum(p.numel() for p in others)
+    family = family_of(pipeline)
+    roles = Roles(family.denoiser, LoraConfig(r=8, target_modules=family.lora_target_modules))
+    parameters = {name: sum(p.numel() for p in roles.adapter_parameters(name)) for name in ("student", "fake", "ema")}
+    trained = parameters["student"] + parameters["fake"]
+    assert memory.adapters == 4 * (sum(parameters.values()) + 3 * trained)
+
+
+MEASURE = """
+import ctypes, resource, torch
+from peft import LoraConfig
+from rdm_trl.demo import load_demo_pipeline
+from rdm_trl.pipelines import family_of
+from rdm_trl.roles import Roles
+
+def resident():
+    ctypes.CDLL(None).malloc_trim(0)  # what was needed for a moment only
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+family = family_of(load_demo_pipeline())
+roles = Roles(family.denoiser, LoraConfig(r=32, target_modules=family.lora_target_modules))
+def forward(batch_size):
+    x_t, t = torch.randn(batch_size, *family.latent_shape), torch.full((batch_size,), 500.0)
+    condition = family.encode_prompts(["a photo"] * batch_size)
+    return family.denoise(lambda *a, **k: roles("student", *a, **k), x_t, t, condition)
+forward(2)
+before = resident()
+kept = forward(192)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_activations_are_what_a_forward_pass_keeps():
+    """In float32, where a CPU computes: the memory that a process holds more while the graph is alive."""
+    output = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout
+    pipeline = plan.load_without_weights(DEMO_PIPELINE, torch.float32)
+    estimate = plan.memory_of(pipeline, 192, False).activations
+    assert estimate == pytest.approx(int(output), rel=0.1)
+
+
+def test_checkpointing_and_batch_size():
+    def activations(*args):
+        return plan.memory_of(plan.load_without_weights(DEMO_PIPELINE), *args).activations
+
+    assert activations(8, False) == pytest.approx(2 * activations(4, False), rel=0.05)
+    assert activations(8, True) < 0.4 * activations(8, False)
+
+
+def test_plan_picks_what_fits(tmp_path, capsys):
+    make_tiny_pipeline().save_pretrained(tmp_path)
+    main(["plan", "--model", str(tmp_path), "--gpu-memory", "1"])
+    text = capsys.readouterr().out
+    assert "per_device_train_batch_size: 32" in text and "activation_checkpointing: false" in text
+    assert "Does not fit in 1e-05 GiB" in plan.plan(str(tmp_path), gpu_memory=1e-5)
+    needs = plan.memory_of(plan.load_without_weights(str(tmp_path)), 8, True).total
+    text = plan.plan(str(tmp_path), gpu_memory=(needs + 1) / plan.GIB)
+    assert "per_device_train_batch_size: 8" in text and "activation_checkpointing: true" in text
+    assert "gradient_accumulation_steps: 4" in text
