@@ -3,12 +3,10 @@
 
 import pytest
 import torch
-from conftest import PROMPTS, make_config, make_tiny_pipeline, make_trainer
+from conftest import PROMPTS, make_tiny_pipeline, make_trainer
 from diffusers import LCMScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-
-from rdm_trl import RdmDistillTrainer
 
 
 def save_style(folder, text_encoder=False, **options):
@@ -165,4 +163,4 @@ def test_what_is_no_lora_for_the_pipeline(tmp_path):
     with pytest.raises(ValueError, match="leave `peft_config` out"):
         make_trainer(tmp_path, student_lora=style, peft_config=LoraConfig(r=2))
     with pytest.raises(ValueError, match="give it as `teacher_lora`"):
-        RdmDistillTrainer(make_config(tmp_path), sd_pipeline=plain(style))
+        make_trainer(tmp_path, pipeline=plain(style))
