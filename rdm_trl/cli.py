@@ -3,6 +3,9 @@
 
 import argparse
 
+import torch
+
+from .export import FORMATS, export
 from .plan import plan
 
 
@@ -15,7 +18,20 @@ def main(argv: list[str] | None = None):
     planner.add_argument("--lora-r", type=int, default=32, help="rank of the adapters")
     planner.add_argument("--height", type=int, help="of the images in pixels; the pipeline's own by default")
     planner.add_argument("--width", type=int)
+    exporter = commands.add_parser("export", help="a distilled checkpoint for other programs")
+    exporter.add_argument("checkpoint", help="folder that a run has saved")
+    exporter.add_argument("--output_dir", "--output-dir", required=True, help="where to write")
+    help = "a whole pipeline with the LoRA fused in, or a LoRA file for ComfyUI and kohya's tools"
+    exporter.add_argument("--format", choices=FORMATS, required=True, help=help)
+    exporter.add_argument("--base", help="folder or Hub id of the base pipeline; by default the run's")
+    exporter.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of a pipeline"
+    )
     args = parser.parse_args(argv)
+    if args.command == "export":
+        dtype = getattr(torch, args.dtype)
+        print(export(args.checkpoint, args.output_dir, args.format, base=args.base, dtype=dtype))
+        return
     print(plan(args.model, args.gpu_memory, lora_r=args.lora_r, height=args.height, width=args.width))
 
 

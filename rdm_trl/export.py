@@ -1,0 +1,95 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""Distilled checkpoints for other programs: as a whole pipeline, or as a LoRA under the names of kohya and ComfyUI."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from .demo import DEMO_PIPELINE
+from .pipelines import family_of
+
+
+FORMATS = ("diffusers", "kohya")
+WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+
+
+def export(
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    format: str,
+    base: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """
+    Writes a checkpoint of `RdmDistillTrainer` in another form; every form is right at LoRA scale 1.
+
+    Args:
+        checkpoint (`str` or `Path`): a folder of `save_model`, or a training checkpoint.
+        format (`str`):
+            `"diffusers"`, a pipeline folder with the LoRA fused into its weights and the student's scheduler;
+            `"kohya"`, one file for ComfyUI and kohya's tools: `lora_unet_...` for UNets, and for transformers, which
+            they know by diffusers' names, these.
+        base (`str`, *optional*): path or Hub id of the base pipeline; by default the one of the training.
+        dtype (`torch.dtype`): of the written pipeline.
+
+    Returns:
+        The pipeline's folder, or the file.
+
+    Raises:
+        ValueError: `checkpoint` is none, or `output_dir` is the checkpoint itself.
+    """
+    checkpoint, output_dir = Path(checkpoint), Path(output_dir)
+    weights = next((checkpoint / name for name in WEIGHTS if (checkpoint / name).is_file()), None)
+    if weights is None:
+        raise ValueError(f"{checkpoint} is not a distilled checkpoint: there is no {' and no '.join(WEIGHTS)}.")
+    if format not in FORMATS:
+        raise ValueError(f"`format` is {format!r}, but must be one of {', '.join(FORMATS)}.")
+    if output_dir.resolve() == checkpoint.resolve():
+        raise ValueError(f"{output_dir} is the checkpoint itself: name another `output_dir`.")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if format == "kohya":
+        return export_kohya(weights, output_dir / f"{checkpoint.resolve().name}.safetensors")
+    if base is None:
+        base = json.loads((checkpoint / "metrics.json").read_text())["settings"]["base_model"]
+    pipeline = DiffusionPipeline.from_pretrained(DEMO_PIPELINE if base == "rdm_trl.demo" else base, dtype=dtype)
+    fuse(pipeline, checkpoint).save_pretrained(output_dir)
+    return output_dir
+
+
+def fuse(pipeline: DiffusionPipeline, checkpoint: Path) -> DiffusionPipeline:
+    """The pipeline that the model card describes, with the checkpoint's LoRA as part of its weights."""
+    family = family_of(pipeline)
+    if isinstance(pipeline, LoraBaseMixin):
+        pipeline.load_lora_weights(checkpoint, weight_name=WEIGHTS[0])
+        pipeline.fuse_lora(components=[family.denoiser_name])
+        pipeline.unload_lora_weights()
+    else:
+        fused = PeftModel.from_pretrained(family.denoiser, str(checkpoint)).merge_and_unload()
+        pipeline.register_modules(**{family.denoiser_name: fused})
+    name = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    scheduler = getattr(diffusers, name).from_pretrained(checkpoint, subfolder="scheduler")
+    if family.card_class != "DiffusionPipeline":
+        # Not the base's class: a `DDIMPipeline` makes a DDIM scheduler of any that it is given.
+        return getattr(diffusers, family.card_class)(**{**pipeline.components, "scheduler": scheduler})
+    pipeline.register_modules(scheduler=scheduler)
+    return pipeline
+
+
+def export_kohya(weights: Path, file: Path) -> Path:
+    """
+    The converter's alpha is the rank, which is right: so is that of every file that we save. Where no alpha stands, as
+    under transformers' names, the readers take the rank too.
+    """
+    state = load_file(weights)
+    if any(key.startswith("unet.") for key in state):
+        state = convert_state_dict_to_kohya(state)
+        state = {key: value.float() if key.endswith(".alpha") else value for key, value in state.items()}
+    save_file(state, file)
+    return file
