@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
+from datasets import Dataset
 from peft import LoraConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer
 from rdm_trl._trl import make_parser
 from rdm_trl.hub import figures_table
+from rdm_trl.prompts import load_prompts
 
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "gndm.yaml"
@@ -40,11 +41,18 @@ class ScriptArguments:
         model_name_or_path (`str`, *optional*):
             The teacher, a pipeline's path or Hub id; the embedded pipeline by default.
         dataset_name (`str`, *optional*):
-            Path or Hub id of a data set with a `prompt` column; the embedded pipeline brings its own.
+            Hub id of a data set with a `prompt` column, or a file: txt (a prompt a line), json, jsonl, csv, parquet.
+            The embedded pipeline brings its own.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split of the data set.
-        lora_r (`int`, *optional*, defaults to `32`):
-            Rank of the adapters of student and fake score.
+        prompts (`list[str]`, *optional*):
+            The prompts themselves, as a list in the `--config` file.
+        teacher_lora (`str`, *optional*):
+            Path or Hub id of a LoRA (style, character) of the teacher; the student's, alone, draws in that style.
+        student_lora (`str`, *optional*):
+            Path or Hub id of a few-step LoRA to continue, with its rank, alpha and layers.
+        lora_r (`int`, *optional*):
+            Rank of the adapters of student and fake score; 32 by default.
         lora_alpha (`int`, *optional*):
             Their alpha; the rank by default, so that the scale is 1.
         lora_target_modules (`list[str]`, *optional*):
@@ -54,9 +62,16 @@ class ScriptArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "The teacher: a pipeline's path or Hub id."}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set with a `prompt` column."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set with a `prompt` column, or a txt, json, csv or parquet file."}
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "Split of the data set."})
-    lora_r: int = field(default=32, metadata={"help": "Rank of the adapters of student and fake score."})
+    prompts: list[str] | None = field(default=None, metadata={"help": "The prompts themselves."})
+    teacher_lora: str | None = field(
+        default=None, metadata={"help": "A LoRA of the teacher, whose style the student learns."}
+    )
+    student_lora: str | None = field(default=None, metadata={"help": "A few-step LoRA to continue."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters; 32 by default."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Alpha of the adapters; the rank by default."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Layers of the adapters; those of LCM-LoRA by default."}
@@ -69,16 +84,29 @@ def main(argv: list[str]):
     script_args, config = make_parser(ScriptArguments, RdmDistillConfig).parse_args_and_config(argv)
 
     dataset = None
-    if script_args.dataset_name is not None:
-        dataset = load_dataset(script_args.dataset_name, split=script_args.dataset_train_split)
-    peft_config = LoraConfig(
-        r=script_args.lora_r,
-        lora_alpha=script_args.lora_alpha or script_args.lora_r,
-        init_lora_weights="gaussian",
-        target_modules=script_args.lora_target_modules,
-    )
+    if script_args.prompts is not None and script_args.dataset_name is not None:
+        raise ValueError("Give prompts by `prompts` or by `dataset_name`, not both.")
+    if script_args.prompts is not None:
+        if not all(isinstance(prompt, str) for prompt in script_args.prompts):
+            raise ValueError("`prompts` must be texts: in YAML one with a colon stands in quotes.")
+        dataset = Dataset.from_dict({"prompt": script_args.prompts})
+    elif script_args.dataset_name is not None:
+        dataset = load_prompts(script_args.dataset_name, script_args.dataset_train_split)
+    peft_config, rank = None, script_args.lora_r or 32
+    if script_args.student_lora is None or script_args.lora_r or script_args.lora_alpha:
+        peft_config = LoraConfig(
+            r=rank,
+            lora_alpha=script_args.lora_alpha or rank,
+            init_lora_weights="gaussian",
+            target_modules=script_args.lora_target_modules,
+        )
     trainer = RdmDistillTrainer(
-        config, sd_pipeline=script_args.model_name_or_path, train_dataset=dataset, peft_config=peft_config
+        config,
+        sd_pipeline=script_args.model_name_or_path,
+        train_dataset=dataset,
+        peft_config=peft_config,
+        teacher_lora=script_args.teacher_lora,
+        student_lora=script_args.student_lora,
     )
     resume = config.resume_from_checkpoint
     if resume in ("True", "true"):

@@ -4,12 +4,13 @@
 import random
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 
 from ._trl import RepeatSampler
 
@@ -66,6 +67,23 @@ class PromptCache:
         while len(self.conditions) > PROMPT_CACHE_SIZE:
             self.conditions.popitem(last=False)
         return {key: torch.stack([encoded[prompt][key] for prompt in prompts]) for key in encoded[prompts[0]]}
+
+
+def load_prompts(name: str, split: str = "train") -> Dataset:
+    """
+    Args:
+        name (`str`): Hub id of a data set, or a file: `.txt`, a prompt a line, `.json`, `.jsonl`, `.csv`, `.parquet`.
+        split (`str`): of a data set on the Hub.
+    """
+    if not Path(name).is_file():
+        return load_dataset(name, split=split)
+    kind = Path(name).suffix[1:].lower()
+    if kind == "txt":
+        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
+        return Dataset.from_dict({"prompt": [line for line in lines if line]})
+    if kind not in ("json", "jsonl", "csv", "parquet"):
+        raise ValueError(f"{name} is no file of prompts: .txt, .json, .jsonl, .csv or .parquet.")
+    return load_dataset("json" if kind == "jsonl" else kind, data_files=name, split="train")
 
 
 def draw_prompts(prompt_function: Callable, number: int, seed: int) -> Dataset:

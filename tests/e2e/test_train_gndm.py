@@ -97,6 +97,28 @@ def test_help_shows_every_option_under_a_heading(capsys):
             assert f"--{name}" in everything, name
 
 
+def test_prompts_and_loras_by_name(tmp_path):
+    """A styled teacher, then a continued student, each with prompts from another place."""
+    example, style, files = load_example(), tmp_path / "style", ["--save_strategy", "no", *SHORT]
+    (tmp_path / "prompts.txt").write_text("a coat\n\na bag\n")
+    (tmp_path / "c.yaml").write_text('prompts:\n- a photo of {a}, "b": c\n- a dress\n')
+    example.main(
+        ["--output_dir", str(style), "--lora_r", "2", "--dataset_name", str(tmp_path / "prompts.txt"), *files]
+    )
+    example.main(["--output_dir", str(tmp_path / "second"), "--lora_r", "1", "--teacher_lora", str(style), *files])
+    third = ["--output_dir", str(tmp_path / "third"), "--student_lora", str(tmp_path / "second"), *files]
+    example.main(["--config", str(tmp_path / "c.yaml"), *third])
+    settings = json.loads((tmp_path / "third" / "metrics.json").read_text())["settings"]
+    assert settings["student_lora"] == str(tmp_path / "second") and settings["lora_r"] == 3
+    assert "'a photo: a bag, a coat'" in (tmp_path / "third" / "README.md").read_text()
+    for wrong, message in ((["--lora_r", "4"], "leave `peft_config` out"), (["--dataset_name", "x"], "not both")):
+        with pytest.raises(ValueError, match=message):
+            example.main(["--config", str(tmp_path / "c.yaml"), *third, *wrong])
+    (tmp_path / "c.yaml").write_text("prompts:\n- a photo: a bag\n")
+    with pytest.raises(ValueError, match="in quotes"):
+        example.main(["--config", str(tmp_path / "c.yaml"), *third])
+
+
 def test_accelerate_launch(tmp_path):
     """In a process of its own, as the README says; the embedded teacher needs no network."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
