@@ -101,7 +101,7 @@ def test_prompts_and_loras_by_name(tmp_path):
     """A styled teacher, then a continued student, each with prompts from another place."""
     example, style, files = load_example(), tmp_path / "style", ["--save_strategy", "no", *SHORT]
     (tmp_path / "prompts.txt").write_text("a coat\n\na bag\n")
-    (tmp_path / "c.yaml").write_text('prompts:\n- a photo of {a}, "b": c\n- a dress\n')
+    (tmp_path / "c.yaml").write_text("prompts:\n- 'a photo: a bag, a coat'\n- a dress\n")
     example.main(
         ["--output_dir", str(style), "--lora_r", "2", "--dataset_name", str(tmp_path / "prompts.txt"), *files]
     )
