@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 
 from .pipelines.base import PipelineFamily
@@ -23,8 +24,14 @@ def make_roles(
     The roles of a run; by default adapters of rank 32 on the family's layers.
 
     Raises:
-        ValueError: one of the LoRAs is not for this pipeline, or `peft_config` stands beside `student_lora`.
+        ValueError: one of the LoRAs is not for this pipeline, `peft_config` stands beside `student_lora`, or the
+            pipeline has a LoRA loaded.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in family.denoiser.modules()):
+        raise ValueError(
+            "This pipeline has a LoRA loaded, which would be lost: give it as `teacher_lora`, or fuse it first "
+            "(`pipeline.fuse_lora(); pipeline.unload_lora_weights()`)."
+        )
     teacher = read_lora(family, teacher_lora, "teacher_lora") if teacher_lora is not None else None
     student = read_lora(family, student_lora, "student_lora") if student_lora is not None else None
     if student is not None:

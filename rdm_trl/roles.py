@@ -38,7 +38,7 @@ class Roles(nn.Module):
         student (`tuple[LoraConfig, dict]`, *optional*): a LoRA that the student begins as; the fake score does not.
 
     Raises:
-        ValueError: the denoiser has adapters already, or the teacher's LoRA is none that another can begin as.
+        ValueError: the teacher's LoRA is none that another can begin as.
     """
 
     def __init__(
@@ -49,11 +49,6 @@ class Roles(nn.Module):
         student: tuple[LoraConfig, dict] | None = None,
     ):
         super().__init__()
-        if any(isinstance(module, BaseTunerLayer) for module in denoiser.modules()):
-            raise ValueError(
-                "This pipeline has a LoRA loaded, which would be lost: give it as `teacher_lora`, or fuse it first "
-                "(`pipeline.fuse_lora(); pipeline.unload_lora_weights()`)."
-            )
         self.denoiser = denoiser.requires_grad_(False).eval()
         self.lora_config = lora_config
         self.has_teacher_lora = teacher is not None
