@@ -13,6 +13,18 @@ from .fake_score import FakeScore
 from .roles import ADAPTERS, Roles
 
 
+def begin(folder: Path, roles: Roles):
+    """Prepares `folder` for what `Trainer` saves. Raises `FloatingPointError` for weights that are not finite."""
+    for name in ADAPTERS:
+        for key, value in roles.adapter_state(name).items():
+            if not value.isfinite().all():
+                raise FloatingPointError(
+                    f"The run has diverged: the adapter {name!r} is not finite at {key}; nothing was saved. Lower "
+                    "`learning_rate` and resume from the last checkpoint."
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def save_training_state(folder: Path, roles: Roles, fake_score: FakeScore, mixer: Mixer):
     """All adapters, the fake score's optimizer and the mixing's running averages."""
     states = {name: roles.adapter_state(name) for name in ADAPTERS}

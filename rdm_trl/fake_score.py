@@ -33,7 +33,7 @@ class FakeScore:
         One update on the mean of `loss_fn(*batch)` over the batches of all processes; returns this process's mean.
 
         Raises:
-            FloatingPointError: a loss is not finite; no weight was changed.
+            FloatingPointError: a loss or the gradient is not finite; no weight was changed.
         """
         values = []
         for batch in batches:
@@ -45,8 +45,14 @@ class FakeScore:
             values.append(loss.detach())
         for parameter in self.parameters:
             parameter.grad = reduce(parameter.grad / len(values), "mean")
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
+        if not norm.isfinite():
+            self.optimizer.zero_grad()
+            raise FloatingPointError(
+                f"The fake score's gradient is {norm.item()}; lower `fake_learning_rate` or train in full precision."
+            )
         if self.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()

@@ -96,7 +96,9 @@ def run_settings(
 def write_metrics(folder: Path, metrics: dict[str, Any]):
     """`metrics.json` of a checkpoint: figures, settings and cost."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    # NumPy's numbers count as numbers.
+    text = json.dumps(metrics, indent=2, default=lambda value: value.item())
+    (folder / "metrics.json").write_text(text + "\n")
 
 
 def figures_table(metrics: dict) -> str:

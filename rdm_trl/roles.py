@@ -3,6 +3,7 @@
 
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -13,6 +14,17 @@ from torch.utils.checkpoint import checkpoint
 
 TEACHER = "teacher"
 ADAPTERS = ("student", "fake", "ema")
+
+
+def complete_lora_config(lora_config: LoraConfig | None, target_modules: list[str]) -> LoraConfig:
+    """`lora_config`, by default one of rank 32, on `target_modules` where it names none. Raises `TypeError`."""
+    if lora_config is None:
+        lora_config = LoraConfig(r=32, lora_alpha=32, init_lora_weights="gaussian")
+    if not isinstance(lora_config, LoraConfig):
+        raise TypeError(f"`peft_config` is {lora_config!r}, but must be a `LoraConfig`.")
+    return (
+        lora_config if lora_config.target_modules is not None else replace(lora_config, target_modules=target_modules)
+    )
 
 
 class Roles(nn.Module):
@@ -26,10 +38,15 @@ class Roles(nn.Module):
     Args:
         denoiser (`ModelMixin`): a diffusers UNet or transformer; it is frozen in place.
         lora_config (`LoraConfig`): of all three adapters, which start equal (and the student equal to the teacher).
+
+    Raises:
+        ValueError: the denoiser has such adapters already, or no layer that `lora_config` targets.
     """
 
     def __init__(self, denoiser: nn.Module, lora_config: LoraConfig):
         super().__init__()
+        if "student" in getattr(denoiser, "peft_config", {}):
+            raise ValueError("The pipeline already has a student, of another trainer: load it again for this one.")
         self.denoiser = denoiser.requires_grad_(False).eval()
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -92,6 +109,12 @@ class Roles(nn.Module):
         """Sets an adapter's weights. Raises `ValueError` where `state` does not fit it."""
         if state.keys() != self.adapter_state(name).keys():
             raise ValueError(f"These weights do not fit the adapter {name!r}: other layers or another kind of LoRA.")
+        for key, value in self.adapter_state(name).items():
+            if state[key].shape != value.shape:
+                raise ValueError(
+                    f"These weights do not fit the adapter {name!r}: {key} is {tuple(state[key].shape)}, but must be "
+                    f"{tuple(value.shape)}. Use the same LoRA rank."
+                )
         set_peft_model_state_dict(self.denoiser, state, adapter_name=name)
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,11 @@ from .diffusion import NoiseProcess, make_student_scheduler
 from .experience import Experience
 from .fake_score import FakeScore
 from .hub import model_card, run_settings, write_metrics
-from .pipelines import family_of
+from .pipelines import family_of, load_pipeline
 from .prompts import PromptCache, PromptSampler, check_prompts, split_rows, training_prompts
 from .rewards import RewardFunction, resolve_reward
 from .rewards.panel import RewardPanel, distribution_matching_push
-from .roles import Roles
+from .roles import Roles, complete_lora_config
 
 
 class RdmDistillTrainer(Trainer):
@@ -96,7 +95,7 @@ class RdmDistillTrainer(Trainer):
             sd_pipeline = load_demo_pipeline()
         elif not isinstance(sd_pipeline, DiffusionPipeline):
             dtype = torch.bfloat16 if config.bf16 else torch.float32
-            sd_pipeline = DiffusionPipeline.from_pretrained(sd_pipeline, dtype=dtype)
+            sd_pipeline = load_pipeline(sd_pipeline, dtype)
         self.sd_pipeline = sd_pipeline
         self.family = family_of(sd_pipeline)
         self.base_model = sd_pipeline.config.get("_name_or_path") or sd_pipeline.name_or_path
@@ -126,12 +125,8 @@ class RdmDistillTrainer(Trainer):
 
         # Model: one frozen denoiser and its adapters, equal on all processes
         set_seed(config.seed)
-        if peft_config is None:
-            peft_config = LoraConfig(r=32, lora_alpha=32, init_lora_weights="gaussian")
-        if peft_config.target_modules is None:
-            peft_config = replace(peft_config, target_modules=self.family.lora_target_modules)
-        roles = Roles(self.family.denoiser, peft_config)
-        self.lora_config = peft_config
+        self.lora_config = complete_lora_config(peft_config, self.family.lora_target_modules)
+        roles = Roles(self.family.denoiser, self.lora_config)
 
         super().__init__(
             model=roles,
@@ -537,7 +532,7 @@ class RdmDistillTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.begin(folder, self.model)
         metadata = self.model.denoiser.peft_config["ema"].to_dict()
         self.family.save_lora(folder, self.model.adapter_state("ema"), metadata)
         self.student_scheduler.save_pretrained(folder / "scheduler")

@@ -16,6 +16,9 @@ class StableDiffusionFamily:
         denoiser: the module that gets the adapters.
         lora_target_modules (`list[str]`): layers that a default LoRA covers (those of LCM-LoRA).
         latent_shape (`tuple[int]`): of one image's latents.
+
+    Raises:
+        ValueError: a component is missing, or the denoiser takes more than latents.
     """
 
     pipeline_class = StableDiffusionPipeline
@@ -38,8 +41,17 @@ class StableDiffusionFamily:
     ]
 
     def __init__(self, pipeline: StableDiffusionPipeline):
+        missing = [name for name in ("unet", "vae", "text_encoder", "tokenizer") if getattr(pipeline, name) is None]
+        if missing:
+            raise ValueError(f"The pipeline has no {', '.join(missing)}: load it with all of its components.")
         self.pipeline = pipeline
         self.denoiser = pipeline.unet
+        channels = [self.denoiser.config.in_channels, self.denoiser.config.out_channels]
+        if channels != [pipeline.vae.config.latent_channels] * 2:
+            raise ValueError(
+                f"The pipeline's denoiser maps {channels[0]} channels to {channels[1]}, its VAE has "
+                f"{pipeline.vae.config.latent_channels}: inpainting and editing models are not supported."
+            )
         size = self.denoiser.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.latent_shape = (self.denoiser.config.in_channels, height, width)

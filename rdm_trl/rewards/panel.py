@@ -62,7 +62,7 @@ class RewardPanel:
         self.score = Scorer(functions, config.reward_timeout)
         self.names = self.score.names
         if len(set(self.names)) != len(self.names):
-            raise ValueError(f"Two rewards have the same name: {', '.join(self.names)}.")
+            raise ValueError(f"Two rewards have the same name: {', '.join(self.names)}. Set their `__name__`.")
         weights = config.reward_weights if config.reward_weights is not None else [1.0] * len(functions)
         if len(weights) != len(functions):
             raise ValueError(f"`reward_weights` has {len(weights)} values for {len(functions)} reward functions.")
