@@ -337,8 +337,8 @@ class RdmDistillConfig(TrainingArguments):
     num_log_images: int = field(default=10, metadata={"help": "Prompts in a sample grid."})
 
     def __post_init__(self):
-        super().__post_init__()
         self._check_types()
+        super().__post_init__()
         for name, choices in (
             ("dm_normalization", ("group", "sample", "batch", "none")),
             ("dm_timestep_sampling", ("uniform", "stratified", "shared")),
