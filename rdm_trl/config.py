@@ -146,6 +146,13 @@ class RdmDistillConfig(TrainingArguments):
         ema_decay (`float`, *optional*, defaults to `0.95`):
             Decay, per update, of the average of the student's weights, which is what is evaluated and saved.
 
+        > Parameters that control resuming
+
+        resume_with_changes (`bool`, *optional*, defaults to `False`):
+            Whether `resume_from_checkpoint` may go on with other settings than the checkpoint's, which it otherwise
+            refuses and names. The run is then not what either settings would give from the start: weights and
+            optimizers are the checkpoint's, learning rates and all else the config's.
+
         > Parameters that control the rewards
 
         reward_funcs (`list[str]`, *optional*):
@@ -284,6 +291,11 @@ class RdmDistillConfig(TrainingArguments):
 
     # Parameters that control the student
     ema_decay: float = field(default=0.95, metadata={"help": "Decay, per update, of the student's average."})
+
+    # Parameters that control resuming
+    resume_with_changes: bool = field(
+        default=False, metadata={"help": "Whether to go on from a checkpoint of other settings."}
+    )
 
     # Parameters that control the rewards
     reward_funcs: list[str] | None = field(

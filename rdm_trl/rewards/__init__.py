@@ -135,7 +135,8 @@ class Scorer:
         reward_functions (`list`):
             DDPO's style, `f(images, prompts, metadata)`, or GRPO's, any function that takes `**kwargs`:
             `f(images=..., prompts=..., **columns)`, where the columns come from metadata that are dictionaries. They
-            return one number an image (list, array or tensor; `None` is "not scored"), or that and a dictionary.
+            return one number an image (list, array or tensor; `None` is "not scored"), or that and a dictionary. One
+            with a `state_dict` (of tensors and plain values) and a `load_state_dict` is saved with a checkpoint.
         timeout (`float`, *optional*): seconds that a reward may take.
     """
 
