@@ -86,6 +86,7 @@ def main(argv: list[str]):
     trainer.train(resume_from_checkpoint=resume)
     trainer.evaluate()
     trainer.save_model()
+    trainer.end()
     print(f"\n{figures_table(trainer.metrics)}\n\n{Path(config.output_dir, 'samples', 'grid.png')}")
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, send_to_device
 from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
@@ -111,24 +112,27 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
 def find_checkpoint(resume_from: str | Path | bool | None, output_dir: str | Path) -> str | None:
     """
     The folder to resume from: the newest complete checkpoint of `output_dir` for `True`, or the one that is given.
+    Called by all processes.
 
     Raises:
         ValueError: there is none, or the given one is not complete.
     """
     if resume_from is None or resume_from is False:
         return None
-    if resume_from is True:
-        folder = last_complete_checkpoint(output_dir)
-        if folder is None:
-            raise ValueError(
-                f"There is no complete checkpoint in {output_dir} to resume from. Leave `resume_from_checkpoint` out "
-                "to start anew."
-            )
-        return str(folder)
-    missing = what_is_missing(Path(resume_from))
+    folder, missing = None, None
+    if PartialState().is_main_process:
+        folder = last_complete_checkpoint(output_dir) if resume_from is True else Path(resume_from)
+        missing = None if folder is None else what_is_missing(folder)
+    # One process looks for all: the others may see its last save later.
+    folder, missing = broadcast_object_list([folder, missing])
+    if folder is None:
+        raise ValueError(
+            f"There is no complete checkpoint in {output_dir} to resume from. Leave `resume_from_checkpoint` out to "
+            "start anew."
+        )
     if missing is not None:
         raise ValueError(f"{str(resume_from)!r} cannot be resumed from: {missing}.")
-    return str(resume_from)
+    return str(folder)
 
 
 def check_settings(folder: Path, settings: dict[str, Any], with_changes: bool):
