@@ -25,7 +25,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -113,11 +112,9 @@ def run(measure, options: dict, checkpoint: Path | None, folder: Path, eval_step
     """One training run in `folder`, from `checkpoint`: its curve, the figures of teacher and base, and its cost."""
     curve = CurveCallback(measure, eval_steps)
     fixed = {"output_dir": str(folder), "log_images_steps": 0, "save_strategy": "no", "logging_strategy": "no"}
+    fixed["resume_with_changes"] = True  # from a plain run to one with rewards, whose mixing starts there
     curve.trainer = trainer = RdmDistillTrainer(RdmDistillConfig(**{**options, **fixed}), callbacks=[curve])
     constant = {who: measure(trainer, who) for who in ("teacher", "base")}
-    if checkpoint is not None:
-        # The plain run had no rewards to mix: the mixing starts as it would have started here.
-        save_file(trainer.rewards.mixer.state, checkpoint / "mixer.safetensors")
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return {"curve": curve.curve, **constant, "cost": trainer.cost}
 

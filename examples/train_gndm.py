@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers.trainer_utils import get_last_checkpoint
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer
 from rdm_trl._trl import make_parser
@@ -109,13 +108,13 @@ def main(argv: list[str]):
         student_lora=script_args.student_lora,
     )
     resume = config.resume_from_checkpoint
-    if resume in ("True", "true"):
-        resume = get_last_checkpoint(config.output_dir)
+    resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
     if config.device.type == "cpu" and config.world_size == 1:
         torch.set_num_threads(os.cpu_count())  # `accelerate launch` gives a process one thread
     trainer.train(resume_from_checkpoint=resume)
     trainer.evaluate()
     trainer.save_model()
+    trainer.end()
     print(f"\n{figures_table(trainer.metrics)}\n\n{Path(config.output_dir, 'samples', 'grid.png')}")
 
 

@@ -1,8 +1,13 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""What happens beside the updates: the student's average, warnings, sample grids, and DDPO's image tracker."""
+"""What happens beside the updates: the student's average, warnings, sample grids, signals, DDPO's image tracker."""
 
+import signal
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from accelerate.utils import gather
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 from transformers import TrainerCallback
@@ -82,6 +87,49 @@ class SampleGridCallback(TrainerCallback):
         picture = comparison_grid(columns, prompts)
         picture.save(folder / f"step-{state.global_step:06d}.png")
         picture.save(folder / "grid.png")
+
+
+class StopOnSignalCallback(TrainerCallback):
+    """
+    SIGTERM (a scheduler that wants its machine back) and Ctrl-C end the training behind the update that is on, with a
+    checkpoint, from which the run goes on as if it had never stopped. A second Ctrl-C ends it at once.
+    """
+
+    def __init__(self):
+        self.received = 0
+
+    @contextmanager
+    def listening(self):
+        """Inside the block a signal only asks for the end; behind it, it does what it does: ends the process."""
+        self.received = 0
+        if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+            yield
+            return
+        before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received:
+            raise SystemExit(128 + self.received)
+
+    def receive(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # a signal may reach one process only, or another update of each
+            self.received = int(gather(torch.tensor([self.received], device=args.device)).max())
+        if self.received:
+            control.should_save = control.should_training_stop = True
+            logger.warning(
+                f"Stopped at step {state.global_step} by {signal.Signals(self.received).name}. Go on with "
+                "`resume_from_checkpoint=True`."
+            )
 
 
 class ImageTracker:

@@ -1,12 +1,69 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 
+import math
+import os
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ._trl import get_callable_name
+
+
+# Options of `TrainingArguments` that are checked as ours are: it takes any value for them.
+INHERITED = {
+    "gradient_accumulation_steps": int,
+    "seed": int,
+    "save_steps": float,
+    "max_grad_norm": float,
+    "weight_decay": float,
+    "bf16": bool,
+}
+# Schedules that need no more than the number of updates and of warm-up updates.
+FAKE_SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
+
+def check_type(name: str, value: Any, kind: Any):
+    """Raises `TypeError` or, for numbers that are not finite, `ValueError` where `value` is no `kind`."""
+    if get_origin(kind) is list:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"`{name}` is {value!r}, but must be a list: [{value!r}].")
+        for element in value:
+            check_type(name, element, get_args(kind)[0])
+        return
+    if get_args(kind):  # a union
+        kinds = [option for option in get_args(kind) if option is not type(None)]
+        if not (value is None and len(kinds) < len(get_args(kind))):
+            check_type(name, value, kinds[0])
+        return
+    article = {int: "an integer", float: "a number", bool: "True or False", str: "text"}[kind]
+    allowed = {int: Integral, float: Real, bool: bool, str: str}[kind]
+    if not isinstance(value, allowed) or (kind is not bool and isinstance(value, bool)):
+        raise TypeError(f"`{name}` is {value!r}, but must be {article}.")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"`{name}` is {value}, but must be finite.")
+
+
+def check_output_dir(output_dir: str):
+    """Raises `ValueError` where no folder can be made or written there."""
+    path = Path(output_dir).absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not existing.is_dir():
+        what = "a file" if existing == path else f"in a file, {existing}"
+        raise ValueError(f"`output_dir` is {what}: {output_dir}. Give a folder.")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"`output_dir` is {output_dir}, but {existing} is not writable. Give another folder.")
 
 
 @dataclass
@@ -98,6 +155,13 @@ class RdmDistillConfig(TrainingArguments):
 
         ema_decay (`float`, *optional*, defaults to `0.95`):
             Decay, per update, of the average of the student's weights, which is what is evaluated and saved.
+
+        > Parameters that control resuming
+
+        resume_with_changes (`bool`, *optional*, defaults to `False`):
+            Whether `resume_from_checkpoint` may go on with other settings than the checkpoint's, which it otherwise
+            refuses and names. The run is then not what either settings would give from the start: weights and
+            optimizers are the checkpoint's, learning rates and all else the config's.
 
         > Parameters that control the rewards
 
@@ -246,6 +310,11 @@ class RdmDistillConfig(TrainingArguments):
     # Parameters that control the student
     ema_decay: float = field(default=0.95, metadata={"help": "Decay, per update, of the student's average."})
 
+    # Parameters that control resuming
+    resume_with_changes: bool = field(
+        default=False, metadata={"help": "Whether to go on from a checkpoint of other settings."}
+    )
+
     # Parameters that control the rewards
     reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Rewards: names of built-ins or dotted paths, as my_rewards:redness."}
@@ -298,6 +367,7 @@ class RdmDistillConfig(TrainingArguments):
     num_log_images: int = field(default=10, metadata={"help": "Prompts in a sample grid."})
 
     def __post_init__(self):
+        self._check_types()
         super().__post_init__()
         for name, choices in (
             ("dm_normalization", ("group", "sample", "batch", "none")),
@@ -307,6 +377,7 @@ class RdmDistillConfig(TrainingArguments):
             ("scale_rewards", ("group", "batch", "none")),
             ("reward_mixing", ("sum", "adaptive", "constrained")),
             ("multi_objective_aggregation", ("normalize_then_sum", "sum_then_normalize")),
+            ("fake_lr_scheduler_type", FAKE_SCHEDULES),
         ):
             value = getattr(self, name)
             if value not in choices:
@@ -318,6 +389,15 @@ class RdmDistillConfig(TrainingArguments):
         if self.epsilon is None:
             self.epsilon = 1e-4 if self.importance_sampling_level == "step" else 0.2
         for name, smallest in (
+            ("max_steps", 1),  # a run is counted in updates, not epochs
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("learning_rate", 0),
+            ("fake_learning_rate", 0),
+            ("weight_decay", 0),
+            ("max_grad_norm", 0),
+            ("seed", 0),
             ("sample_num_steps", 1),
             ("num_generations", 1),
             ("num_iterations", 1),
@@ -357,7 +437,8 @@ class RdmDistillConfig(TrainingArguments):
                 f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}): an update never mixes new "
                 "rollouts with used ones."
             )
-        for name in ("epsilon", "epsilon_high", "target_kl", "target_dm", "reward_timeout", "reward_gradient_steps"):
+        positive = ("epsilon", "epsilon_high", "target_kl", "target_dm", "reward_timeout", "reward_gradient_steps")
+        for name in (*positive, "save_steps"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be positive.")
         if self.dm_estimator == "policy_gradient" and self.num_generations < 2:
@@ -373,8 +454,23 @@ class RdmDistillConfig(TrainingArguments):
             raise ValueError("`fp16` is not supported: its gradients under- and overflow here. Use `bf16`.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must stay off: rewards may read the data set's other columns.")
-        if Path(self.output_dir).is_file():
-            raise ValueError(f"`output_dir` is a file: {self.output_dir}. Give a folder.")
+        if self.auto_find_batch_size:
+            raise ValueError("`auto_find_batch_size` must stay off: a smaller batch would split the groups.")
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint` must stay off: it saves in the middle of an update. SIGTERM ends a run "
+                "behind its update anyway, with a checkpoint."
+            )
+        check_output_dir(self.output_dir)
+
+    def _check_types(self):
+        """What a YAML file or a caller gives is not converted: `4.0` images, or text in place of a list."""
+        kinds = {**RdmDistillConfig.__annotations__, **INHERITED}
+        for name, kind in kinds.items():
+            if name == "reward_funcs" and isinstance(self.reward_funcs, list):
+                continue  # functions are allowed; `resolve_reward` checks each
+            if name not in ("lr_scheduler_type", "fake_lr_scheduler_type", "report_to"):
+                check_type(name, getattr(self, name), kind)
 
     @property
     def prompts_per_generation(self) -> int:

@@ -15,12 +15,18 @@ class PretrainedFeatures(nn.Module):
     Pooled features of an image model (DINOv2, CLIP's vision tower, ...) for Fréchet distances and diversity.
 
     `forward` takes images (B, 3, H, W) in [0, 1] and returns features (B, D) and `None` in place of class logits.
+
+    Raises:
+        OSError: there is no such model, or it is not one of images; names it.
     """
 
     def __init__(self, model_name_or_path: str):
         super().__init__()
-        self.model = AutoModel.from_pretrained(model_name_or_path).eval().requires_grad_(False)
-        processor = AutoImageProcessor.from_pretrained(model_name_or_path)
+        try:
+            self.model = AutoModel.from_pretrained(model_name_or_path).eval().requires_grad_(False)
+            processor = AutoImageProcessor.from_pretrained(model_name_or_path)
+        except Exception as error:
+            raise OSError(f"`eval_feature_model` {model_name_or_path!r} cannot be loaded: {error}") from error
         self.register_buffer("mean", torch.tensor(processor.image_mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(processor.image_std).view(-1, 1, 1))
 

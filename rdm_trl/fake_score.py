@@ -33,7 +33,7 @@ class FakeScore:
         One update on the mean of `loss_fn(*batch)` over the batches of all processes; returns this process's mean.
 
         Raises:
-            FloatingPointError: a loss is not finite; no weight was changed.
+            FloatingPointError: a loss or the gradient is not finite; no weight was changed.
         """
         values = []
         for batch in batches:
@@ -46,8 +46,14 @@ class FakeScore:
         # Some layers may have no part in the output: the last block's text stream, for example.
         for parameter in (parameter for parameter in self.parameters if parameter.grad is not None):
             parameter.grad = reduce(parameter.grad / len(values), "mean")
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
+        if not norm.isfinite():
+            self.optimizer.zero_grad()
+            raise FloatingPointError(
+                f"The fake score's gradient is {norm.item()}; lower `fake_learning_rate` or train in full precision."
+            )
         if self.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()

@@ -113,7 +113,9 @@ def write_metrics(trainer, folder: Path):
     trainer.cost |= {"updates": trainer.state.global_step, "peak_memory_mb": peak_memory_mb()}
     metrics = {**trainer.metrics, "settings": trainer.settings(), "cost": trainer.cost}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    # NumPy's numbers count as numbers.
+    text = json.dumps(metrics, indent=2, default=lambda value: value.item())
+    (folder / "metrics.json").write_text(text + "\n")
 
 
 def save_checkpoint(trainer, folder: Path):

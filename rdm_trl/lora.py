@@ -25,8 +25,13 @@ def make_roles(
 
     Raises:
         ValueError: one of the LoRAs is not for this pipeline, `peft_config` stands beside `student_lora`, or the
-            pipeline has a LoRA loaded.
+            pipeline has a LoRA or a student already.
+        TypeError: `peft_config` is another kind of adapter.
     """
+    if not isinstance(peft_config, LoraConfig | None):
+        raise TypeError(f"`peft_config` is {peft_config!r}, but must be a `LoraConfig`.")
+    if "student" in getattr(family.denoiser, "peft_config", {}):
+        raise ValueError("The pipeline already has a student, of another trainer: load it again for this one.")
     if any(isinstance(module, BaseTunerLayer) for module in family.denoiser.modules()):
         raise ValueError(
             "This pipeline has a LoRA loaded, which would be lost: give it as `teacher_lora`, or fuse it first "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, load_dataset
@@ -87,14 +88,32 @@ def load_prompts(name: str, split: str = "train") -> Dataset:
 
 
 def draw_prompts(prompt_function: Callable, number: int, seed: int) -> Dataset:
-    """Calls DDPO's `prompt_function` `number` times, the same on all processes, leaving Python's generators alone."""
+    """
+    Calls DDPO's `prompt_function` `number` times, the same on all processes, leaving Python's generators alone.
+
+    Raises:
+        ValueError: it returns no `(prompt, metadata)`, or metadata of another form each time.
+    """
+    if not callable(prompt_function):
+        raise ValueError(
+            f"`prompt_function` is {prompt_function!r}, but must be a function: () -> (prompt, metadata)."
+        )
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     set_seed(seed)
     rows = [prompt_function() for _ in range(number)]
     random.setstate(python_state)
     np.random.set_state(numpy_state)
     torch.set_rng_state(torch_state)
-    return Dataset.from_list([{"prompt": prompt, "metadata": metadata} for prompt, metadata in rows])
+    for row in rows:
+        if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str):
+            raise ValueError(f"`prompt_function` returned {row!r}, but must return a text and its metadata.")
+    try:
+        return Dataset.from_list([{"prompt": prompt, "metadata": metadata} for prompt, metadata in rows])
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise ValueError(
+            "The metadata of `prompt_function` must be plain values (numbers, text, lists, dictionaries) of one form "
+            f"for all prompts: {error}"
+        ) from error
 
 
 def training_prompts(
@@ -110,11 +129,15 @@ def training_prompts(
 
 
 def check_prompts(dataset: Dataset | None, name: str) -> Dataset:
-    """`dataset`, if it has prompts. Raises `ValueError` if it is missing, empty, or its prompts are not text."""
+    """`dataset`, if it has prompts. Raises `ValueError` if it is missing, no `Dataset`, empty, or not of text."""
     if dataset is None:
         raise ValueError(
             "There are no prompts: give `train_dataset` with a `prompt` column, or `prompt_function`. Only the "
             "embedded pipeline brings its own."
+        )
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`{name}` is a {type(dataset).__name__}, but must be a `datasets.Dataset`: one split, not streamed."
         )
     if "prompt" not in dataset.column_names:
         raise ValueError(f"`{name}` needs a `prompt` column; it has {', '.join(dataset.column_names) or 'none'}.")

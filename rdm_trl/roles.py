@@ -154,6 +154,12 @@ class Roles(nn.Module):
         """Sets an adapter's weights. Raises `ValueError` where `state` does not fit it."""
         if state.keys() != self.adapter_state(name).keys():
             raise ValueError(f"These weights do not fit the adapter {name!r}: other layers or another kind of LoRA.")
+        for key, value in self.adapter_state(name).items():
+            if state[key].shape != value.shape:
+                raise ValueError(
+                    f"These weights do not fit the adapter {name!r}: {key} is {tuple(state[key].shape)}, but must be "
+                    f"{tuple(value.shape)}. Use the same LoRA rank."
+                )
         set_peft_model_state_dict(self.denoiser, state, adapter_name=name)
 
     @torch.no_grad()

@@ -1,6 +1,5 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from transformers import Trainer, TrainerCallback, get_scheduler
 
 from . import checkpoint, evaluation, losses, matching, policy
 from .advantages import Feedback
-from .callbacks import DriftWarningCallback, EmaCallback, ImageTracker, SampleGridCallback
+from .callbacks import DriftWarningCallback, EmaCallback, ImageTracker, SampleGridCallback, StopOnSignalCallback
 from .config import RdmDistillConfig
 from .ddpo import generate_samples, policy_loss
 from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
@@ -28,7 +27,7 @@ from .experience import Experience
 from .fake_score import FakeScore
 from .hub import run_settings, save_checkpoint, write_card, write_metrics
 from .lora import make_roles
-from .pipelines import family_of
+from .pipelines import family_of, load_pipeline
 from .prompts import PromptCache, PromptSampler, check_prompts, split_rows, training_prompts
 from .rewards import RewardFunction, resolve_reward
 from .rewards.panel import RewardPanel, distribution_matching_push
@@ -102,7 +101,7 @@ class RdmDistillTrainer(Trainer):
             sd_pipeline = load_demo_pipeline()
         elif not isinstance(sd_pipeline, DiffusionPipeline):
             dtype = torch.bfloat16 if config.bf16 else torch.float32
-            sd_pipeline = DiffusionPipeline.from_pretrained(sd_pipeline, dtype=dtype)
+            sd_pipeline = load_pipeline(sd_pipeline, dtype)
         self.sd_pipeline = sd_pipeline
         self.family = family_of(sd_pipeline, config.sample_height, config.sample_width)
         self.base_model = sd_pipeline.config.get("_name_or_path") or sd_pipeline.name_or_path
@@ -146,6 +145,8 @@ class RdmDistillTrainer(Trainer):
             callbacks=[EmaCallback(), DriftWarningCallback(), SampleGridCallback(self), *(callbacks or [])],
             optimizers=optimizers,
         )
+        self.stop_callback = StopOnSignalCallback()
+        self.add_callback(self.stop_callback)
         self.model_accepts_loss_kwargs = False  # `Roles.forward` takes any keyword, but no token count
         sd_pipeline.to(self.accelerator.device)
         self.student_timesteps = self.student_scheduler.timesteps.to(self.accelerator.device)
@@ -194,6 +195,12 @@ class RdmDistillTrainer(Trainer):
         return self.process.to_x0(output, x_t, timesteps)
 
     # ------------------------------------------------------------------------------------------- sample, score, update
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As `Trainer.train`; `True`: from the newest complete checkpoint. SIGTERM and Ctrl-C save one and end it."""
+        folder = checkpoint.find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        with self.stop_callback.listening():
+            return super().train(folder, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         start = time.perf_counter()
@@ -532,7 +539,9 @@ class RdmDistillTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         """A distilled checkpoint: the student's LoRA, its scheduler, card, samples and figures."""
         if self.args.should_save:
-            save_checkpoint(self, Path(output_dir if output_dir is not None else self.args.output_dir))
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            checkpoint.begin(folder, self.model)
+            save_checkpoint(self, folder)
 
     def create_model_card(
         self,
@@ -568,28 +577,24 @@ class RdmDistillTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            checkpoint.save_training_state(Path(output_dir), self.model, self.fake_score, self.rewards.mixer)
+            checkpoint.save_training_state(Path(output_dir), self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         folder = Path(resume_from_checkpoint)
+        checkpoint.check_settings(folder, self.settings(), self.args.resume_with_changes)
         checkpoint.load_adapters(folder, self.model)
-        self.cost = json.loads((folder / "metrics.json").read_text())["cost"]
+        self.cost = checkpoint.read_metrics(folder)["cost"]
 
     def _load_optimizer_and_scheduler(self, folder: str | None):
         super()._load_optimizer_and_scheduler(folder)
         if folder is not None:
-            checkpoint.load_training_state(Path(folder), self.fake_score, self.rewards.mixer)
-
-    def _experience_file(self, folder: str) -> Path:
-        return Path(folder) / f"experience_{self.accelerator.process_index}.pt"
+            checkpoint.load_training_state(Path(folder), self)
 
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)
-        if self.args.num_iterations > 1:  # in the middle of its use, a rollout cannot be drawn again
-            checkpoint.save_experiences(self._experience_file(output_dir), self._experiences, self._trusted)
+        checkpoint.save_process_state(Path(output_dir), self)
 
     def _load_rng_state(self, folder: str | None):
         super()._load_rng_state(folder)
-        if folder is not None and self.args.num_iterations > 1:
-            device = self.accelerator.device
-            self._experiences, self._trusted = checkpoint.load_experiences(self._experience_file(folder), device)
+        if folder is not None:
+            checkpoint.load_process_state(Path(folder), self)

@@ -1,6 +1,9 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """Which diffusers pipelines can be distilled: `docs/families.md` has the table, and says how to add one."""
 
+from pathlib import Path
+
+import torch
 from diffusers import DiffusionPipeline
 
 from .base import PipelineFamily
@@ -31,6 +34,17 @@ FAMILIES = (
     UnconditionalFamily,
     DDIMFamily,
 )
+
+
+def load_pipeline(name_or_path: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline of a path or Hub id. Raises `OSError`, which names it, where there is none."""
+    try:
+        return DiffusionPipeline.from_pretrained(name_or_path, dtype=dtype)
+    except Exception as error:
+        raise OSError(
+            f"`sd_pipeline` {str(name_or_path)!r} cannot be loaded; it must be a pipeline, a folder with a "
+            f"`model_index.json` or an id of the Hub: {error}"
+        ) from error
 
 
 def family_of(pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None) -> PipelineFamily:

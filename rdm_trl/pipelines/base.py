@@ -36,7 +36,7 @@ class PipelineFamily:
         student_guidance_scale (`float`): `guidance_scale` of the student's plain pipeline call.
 
     Raises:
-        ValueError: a size that the pipeline cannot draw.
+        ValueError: a size that the pipeline cannot draw, or a component is missing.
     """
 
     pipeline_class: type[DiffusionPipeline]
@@ -49,6 +49,10 @@ class PipelineFamily:
     card_note = ""  # what the model card has to say of this family
 
     def __init__(self, pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None):
+        needed = (self.denoiser_name, "vae", "text_encoder", "tokenizer")
+        missing = [name for name in needed if name in pipeline.components and pipeline.components[name] is None]
+        if missing:
+            raise ValueError(f"The pipeline has no {', '.join(missing)}: load it with all of its components.")
         self.pipeline = pipeline
         self.denoiser = pipeline.components[self.denoiser_name]
         for module in pipeline.components.values():

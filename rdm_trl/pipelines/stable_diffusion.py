@@ -2,7 +2,7 @@
 """Stable Diffusion 1.x and 2.x, the embedded teacher, and Stable Diffusion XL."""
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from .base import ATTENTION_LAYERS, FEED_FORWARD_LAYERS, PipelineFamily
 
@@ -27,6 +27,15 @@ class StableDiffusionFamily(PipelineFamily):
     denoiser_name = "unet"
     lora_target_modules = UNET_LAYERS
     takes_timesteps = True
+
+    def __init__(self, pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None):
+        super().__init__(pipeline, height, width)
+        taken, given = self.denoiser.config.in_channels, self.denoiser.config.out_channels
+        if not taken == given == pipeline.vae.config.latent_channels:
+            raise ValueError(
+                f"The pipeline's denoiser maps {taken} channels to {given}, its VAE has "
+                f"{pipeline.vae.config.latent_channels}: inpainting and editing models are not supported."
+            )
 
     def own_size(self):
         size, factor = self.denoiser.config.sample_size, self.pipeline.vae_scale_factor

@@ -7,8 +7,9 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Mapping, Set
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ def resolve_reward(reward: str | RewardFunction) -> RewardFunction:
     name, _, model = reward.partition(":")
     if name in builtin.__all__:
         function = getattr(builtin, name)
+        if model and not inspect.signature(function).parameters:
+            raise ValueError(f"The reward {name!r} has no model to choose: name it without {':' + model!r}.")
         return function(model) if model else function()
     module_name, separator, attribute = reward.rpartition(":" if ":" in reward else ".")
     if not separator:
@@ -55,9 +58,13 @@ def resolve_reward(reward: str | RewardFunction) -> RewardFunction:
             f"The reward {reward!r} cannot be found: {error}. It must be importable from the working directory, "
             f"{os.getcwd()}."
         ) from error
+    except Exception as error:
+        raise ValueError(
+            f"The reward {reward!r} cannot be imported: {module_name} raised {type(error).__name__}: {error}"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise ValueError(f"The reward {reward!r} cannot be found: {module.__file__} has no function {attribute!r}.")
+        raise ValueError(f"The reward {reward!r} cannot be found: {module_name} has no function {attribute!r}.")
     return function
 
 
@@ -83,21 +90,41 @@ def check_answer(name: str, answer: Any, images: torch.Tensor, prompts: list[str
     Raises:
         ValueError: wrong length, or a value that is not a finite number; the message names the function and prompt.
     """
-    rewards, reward_metadata = answer if isinstance(answer, tuple) else (answer, {})
-    if isinstance(rewards, str) or not hasattr(rewards, "__len__"):
-        raise ValueError(f"Reward function {name!r} returned {rewards!r}, but must return one number an image.")
+    rewards, reward_metadata = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, {})
+    # A dictionary or set has a length, but no order; a tuple is the pair of rewards and metadata.
+    unordered = isinstance(rewards, str | bytes | tuple | Mapping | Set)
+    shape = getattr(rewards, "shape", (len(images),))
+    if unordered or not hasattr(rewards, "__len__") or len(shape) != 1:
+        what = f"an array of shape {tuple(shape)}" if len(shape) != 1 else repr(rewards)
+        raise ValueError(f"Reward function {name!r} returned {what}, but must return one number an image, in a list.")
     if len(rewards) != len(images):
         raise ValueError(f"Reward function {name!r} returned {len(rewards)} rewards for {len(images)} images.")
     values = []
     for reward, prompt in zip(rewards, prompts, strict=True):
         try:
-            value = math.nan if reward is None else float(reward)
-        except (TypeError, ValueError) as error:
+            if isinstance(reward, str | bytes):
+                raise TypeError("text is no number")
+            value = math.nan if reward is None else torch.tensor(float(reward)).item()  # as large as float32 holds
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"Reward function {name!r} returned {reward!r} for the prompt {prompt!r}.") from error
         if reward is not None and not math.isfinite(value):
             raise ValueError(f"Reward function {name!r} returned {value} for the prompt {prompt!r}.")
         values.append(value)
     return torch.tensor(values, device=images.device), reward_metadata
+
+
+def in_thread(call: Callable) -> Future:
+    """`call()` in a thread that the interpreter does not wait for at its end: a reward may never come back."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 class Scorer:
@@ -108,7 +135,8 @@ class Scorer:
         reward_functions (`list`):
             DDPO's style, `f(images, prompts, metadata)`, or GRPO's, any function that takes `**kwargs`:
             `f(images=..., prompts=..., **columns)`, where the columns come from metadata that are dictionaries. They
-            return one number an image (list, array or tensor; `None` is "not scored"), or that and a dictionary.
+            return one number an image (list, array or tensor; `None` is "not scored"), or that and a dictionary. One
+            with a `state_dict` (of tensors and plain values) and a `load_state_dict` is saved with a checkpoint.
         timeout (`float`, *optional*): seconds that a reward may take.
     """
 
@@ -138,28 +166,31 @@ class Scorer:
         async def gather():
             async def one(i, function):
                 try:
-                    return await asyncio.wait_for(ask(function, images, prompts, metadata), self.timeout)
+                    return await asyncio.wait_for(self._ask(function, images, prompts, metadata), self.timeout)
                 except Exception as error:
                     raise self._explained(i, error) from error
 
             return await asyncio.gather(*[one(i, function) for i, function in waiting.items()])
 
-        future = None
-        if waiting:
-            # A thread of its own: the caller, a notebook for example, may already run an event loop.
-            executor = ThreadPoolExecutor(1)
-            future = executor.submit(lambda: asyncio.run(gather()))
-            executor.shutdown(wait=False)
+        # A thread of its own: the caller, a notebook for example, may already run an event loop.
+        future = in_thread(lambda: asyncio.run(gather())) if waiting else None
 
         def finish():
             # The others stay on this thread: one that draws random numbers must draw the same ones in every run.
             answers = {
-                i: self._in_time(i, lambda function=function: ask(function, images, prompts, metadata))
+                i: self._in_time(i, lambda function=function: self._ask(function, images, prompts, metadata))
                 for i, function in enumerate(self.reward_functions)
                 if i not in waiting
             }
             if future is not None:
-                answers |= dict(zip(waiting, future.result(), strict=True))
+                try:
+                    # A second more: a function that holds up the event loop cannot be cancelled in it.
+                    results = future.result(None if self.timeout is None else self.timeout + 1)
+                except TimeoutError as error:
+                    if future.done():  # named already
+                        raise
+                    raise self._explained(min(waiting), error) from error
+                answers |= dict(zip(waiting, results, strict=True))
             rewards, reward_metadata = images.new_zeros((len(images), len(self.names)), dtype=torch.float32), {}
             for i, name in enumerate(self.names):
                 rewards[:, i], reward_metadata[name] = check_answer(name, answers[i], images, prompts)
@@ -167,21 +198,21 @@ class Scorer:
 
         return finish
 
+    def _ask(self, function: RewardFunction, images: torch.Tensor, prompts: list[str], metadata: list[Any]) -> Any:
+        """Each function gets images and lists of its own: what it does to them in place is nobody else's matter."""
+        return ask(function, images.clone(), list(prompts), list(metadata))
+
     def _in_time(self, i: int, call: Callable):
         try:
             if self.timeout is None:
                 with torch.no_grad():
                     return call()
-            executor = ThreadPoolExecutor(1)
-            try:
-                return executor.submit(torch.no_grad()(call)).result(self.timeout)
-            finally:
-                executor.shutdown(wait=False)
+            return in_thread(torch.no_grad()(call)).result(self.timeout)
         except Exception as error:
             raise self._explained(i, error) from error
 
     def _explained(self, i: int, error: Exception) -> Exception:
-        if isinstance(error, TimeoutError):
+        if isinstance(error, TimeoutError) and self.timeout is not None:
             return TimeoutError(
                 f"Reward function {self.names[i]!r} took longer than `reward_timeout` ({self.timeout} s)."
             )
@@ -200,13 +231,18 @@ def reward_gradient(
         is minus the mean reward.
 
     Raises:
-        ValueError: the reward's answer has the wrong shape, is not finite or has no gradient; names the reward.
+        RuntimeError: the reward raised an error.
+        ValueError: the reward's answer has the wrong shape, is not finite or has no gradient. Each names the reward.
     """
     name = get_callable_name(reward_function)
     with torch.enable_grad():
         latents = latents.detach().float().requires_grad_(True)
-        answer = ask(reward_function, decode(latents), prompts, metadata)
-        rewards = answer[0] if isinstance(answer, tuple) else answer
+        images = decode(latents)
+        try:
+            answer = ask(reward_function, images, prompts, metadata)
+        except Exception as error:
+            raise RuntimeError(f"Reward function {name!r} failed: {type(error).__name__}: {error}") from error
+        rewards = answer[0] if isinstance(answer, tuple) and answer else answer
         if not isinstance(rewards, torch.Tensor) or not rewards.requires_grad:
             raise ValueError(
                 f"Reward function {name!r} declares itself differentiable, but returned no tensor with a gradient."

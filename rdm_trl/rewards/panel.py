@@ -1,5 +1,7 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +64,7 @@ class RewardPanel:
         self.score = Scorer(functions, config.reward_timeout)
         self.names = self.score.names
         if len(set(self.names)) != len(self.names):
-            raise ValueError(f"Two rewards have the same name: {', '.join(self.names)}.")
+            raise ValueError(f"Two rewards have the same name: {', '.join(self.names)}. Set their `__name__`.")
         weights = config.reward_weights if config.reward_weights is not None else [1.0] * len(functions)
         if len(weights) != len(functions):
             raise ValueError(f"`reward_weights` has {len(weights)} values for {len(functions)} reward functions.")
@@ -88,6 +90,41 @@ class RewardPanel:
             config.sample_num_steps,
             config.target_dm,
         )
+        self.state_dict()  # what cannot be saved is named now
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        State of this process's rewards that have a `state_dict` and a `load_state_dict`, by name.
+
+        Raises:
+            TypeError: such a state holds more than tensors and plain values; names the reward.
+        """
+        stateful = {n: f for n, f in zip(self.names, self.functions, strict=True) if hasattr(f, "load_state_dict")}
+        states = {name: function.state_dict() for name, function in stateful.items()}
+        for name, state in states.items():
+            file = io.BytesIO()
+            torch.save(state, file)
+            file.seek(0)
+            try:
+                torch.load(file, weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise TypeError(
+                    f"The `state_dict` of the reward {name!r} must hold tensors and plain values only: nothing else "
+                    "is loaded from a checkpoint."
+                ) from error
+        return states
+
+    def load_state_dict(self, states: dict[str, Any], strict: bool = True):
+        """Goes on from `states`. Raises `ValueError` if `strict` and they are not of the same rewards."""
+        stateful = self.state_dict().keys()
+        if strict and stateful != states.keys():
+            raise ValueError(
+                f"The checkpoint holds the state of the rewards {sorted(states)}, but those with a state are "
+                f"{sorted(stateful)}."
+            )
+        for name, function in zip(self.names, self.functions, strict=True):
+            if name in stateful and name in states:
+                function.load_state_dict(states[name])
 
     def ask(
         self, answers: Callable | None, x0: torch.Tensor, decode: Callable, prompts: list[str], metadata: list[Any]

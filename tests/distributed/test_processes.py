@@ -47,6 +47,11 @@ def test_two_processes_resume_between_two_uses_of_a_rollout(tmp_path):
     assert all(torch.equal(other[key], value) for key, value in whole.items())
 
 
+def test_a_signal_to_one_process_ends_both_with_a_checkpoint(tmp_path):
+    launch("stop", tmp_path)
+    assert (tmp_path / "stopped-0").exists() and (tmp_path / "stopped-1").exists()
+
+
 def test_a_reward_that_fails_on_one_process_ends_all(tmp_path):
     start = time.monotonic()
     result = launch("fail", tmp_path, check=False)

@@ -2,11 +2,15 @@
 """One of the processes of test_processes.py: `worker.py TASK FOLDER`."""
 
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
+from transformers import TrainerCallback, TrainerState
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -94,6 +98,34 @@ def resume(folder: Path):
     assert whole.metrics["student"]["rewards"].keys() == {"redness", "brightness"}
 
 
+def stop(folder: Path):
+    """A signal to the second process ends both; the first is still saving when the second looks for the checkpoint."""
+    trainer = make_trainer(folder, max_steps=20)
+    rank = trainer.accelerator.process_index
+    save = TrainerState.save_to_json
+
+    def slowly(*args):
+        time.sleep(2)
+        save(*args)
+
+    TrainerState.save_to_json = slowly
+
+    class Signal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if rank == 1 and state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.add_callback(Signal())
+    try:
+        trainer.train()
+    except SystemExit as end:
+        assert end.code == 128 + signal.SIGTERM
+    resumed = make_trainer(folder, max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3 and resumed.state.global_step == 4
+    (folder / f"stopped-{rank}").touch()
+
+
 def fail(folder: Path):
     def broken(images, prompts, metadata):
         if torch.distributed.get_rank() == 1:
@@ -105,4 +137,8 @@ def fail(folder: Path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"same_samples": same_samples, "resume": resume, "fail": fail}[sys.argv[1]](Path(sys.argv[2]))
+    {"same_samples": same_samples, "resume": resume, "stop": stop, "fail": fail}[sys.argv[1]](Path(sys.argv[2]))
+    PartialState().destroy_process_group()
+    # Gloo's threads abort the interpreter's end now and then, when all is done: "terminate called without an active".
+    sys.stdout.flush()
+    os._exit(0)

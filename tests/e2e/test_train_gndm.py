@@ -64,6 +64,16 @@ def test_a_minute_of_training_brings_the_student_nearer_to_teacher_and_data(tmp_
         assert end < 0.85 * start
 
 
+def test_resuming_from_the_command_line(tmp_path):
+    arguments = [*SHORT, "--output_dir", str(tmp_path), "--save_strategy", "steps", "--save_steps", "1"]
+    with pytest.raises(ValueError, match="There is no complete checkpoint in .* to resume from"):
+        load_example().main([*arguments, "--resume_from_checkpoint", "True"])
+    load_example().main([*arguments, "--resume_from_checkpoint", "False"])
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()  # torn: step 2 is done again
+    load_example().main([*arguments, "--resume_from_checkpoint", "True"])
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+
+
 def test_command_line_overrides_the_config_file(tmp_path):
     (tmp_path / "c.yaml").write_text("max_steps: 7\nnum_generations: 2\nsample_guidance_scale: 3.0\n")
     example = load_example()

@@ -1,0 +1,61 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""A run of test_checkpoints.py that does not reach its end: `interrupted.py HOW FOLDER`."""
+
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from conftest import make_trainer, redness
+from transformers import TrainerCallback, TrainerState
+
+from rdm_trl import checkpoint
+
+
+OPTIONS = dict(num_iterations=2, learning_rate=5e-3, save_strategy="steps", save_steps=2)
+
+
+class At(TrainerCallback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step: int, what):
+        self.step, self.what = step, what
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.what()
+
+
+def die_in(module, name: str):
+    """Writes half a file of the checkpoint of step 4, and is killed."""
+    save = getattr(module, name)
+
+    def half(*args):
+        path = Path(args[-1])
+        save(*args)
+        if path.parent.name == "checkpoint-4":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(module, name, half)
+
+
+def main(how: str, folder: Path):
+    torch.set_num_threads(1)
+    trainer = make_trainer(folder, [redness], max_steps=20, **OPTIONS)
+    if how == "killed-adapters":
+        die_in(checkpoint, "save_file")
+    elif how == "killed-state":
+        die_in(TrainerState, "save_to_json")
+    elif how == "disk":  # no file may grow as large as the first that is written
+        limit = (1_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        trainer.add_callback(At(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)))
+    elif how in ("SIGTERM", "SIGINT"):
+        trainer.add_callback(At(2, lambda: print("started", flush=True)))
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
