@@ -57,7 +57,7 @@ def draw_policy(path: Path, num_steps: int = 4):
             arrow = dict(arrowstyle="->", color=ORANGE, lw=2, linestyle="--")
             axis.annotate("", (2 * k + 1.65, 0.85), (2 * k + 0.35, 0.12), arrowprops=arrow)
     axis.text(-0.35, 0.5, "predict", color=BLUE, ha="right", va="center")
-    axis.text(1.0, 0.78, "re-noise:\nthe action", color=ORANGE, ha="center", va="center")
+    axis.text(0.78, 0.85, "re-noise:\nthe action", color=ORANGE, ha="center", va="center")
     axis.text(2 * num_steps - 1.4, 0, "the image", ha="left", va="center")
     axis.set(xlim=(-1.6, 2 * num_steps - 0.2), ylim=(-0.4, 1.4))
     axis.axis("off")

@@ -8,8 +8,6 @@ import ast
 import re
 from pathlib import Path
 
-from mkdocs.structure.files import File
-
 
 ROOT = Path(__file__).parents[1]
 HEAD = "| option | type | default | meaning |"
@@ -46,6 +44,8 @@ def option_tables() -> str:
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
+    from mkdocs.structure.files import File  # the tables above are of use without it
+
     for target in OUTSIDE.findall(markdown):
         if files.get_file_from_path(target) is None:
             files.append(File.generated(config, target, abs_src_path=str(ROOT / target)))
