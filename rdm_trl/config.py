@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
@@ -368,6 +369,16 @@ class RdmDistillConfig(TrainingArguments):
 
     def __post_init__(self):
         self._check_types()
+        for engine, given, flag in (
+            ("FSDP", self.fsdp, "ACCELERATE_USE_FSDP"),
+            ("DeepSpeed", self.deepspeed, "ACCELERATE_USE_DEEPSPEED"),
+        ):
+            if given or parse_flag_from_env(flag):
+                raise ValueError(
+                    f"{engine} is not supported: the fake score is trained beside the wrapped student, where its "
+                    "weights would stay in shards. Use DDP (`accelerate launch --num_processes N`); docs/scaling.md "
+                    "says what to do where the base does not fit."
+                )
         super().__post_init__()
         for name, choices in (
             ("dm_normalization", ("group", "sample", "batch", "none")),

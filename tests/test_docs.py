@@ -1,0 +1,124 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""README and docs: their code runs as printed, and they name what there is, all of it and nothing else."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import logs_of, make_config, make_trainer, redness
+from PIL import Image
+
+from rdm_trl import RdmDistillConfig, RdmDistillTrainer
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A block that cannot run says why in a comment above it.
+BLOCK = re.compile(r"(?:^<!-- not run: (.+?) -->\n)?^```python\n(.*?)^```", re.M | re.S)
+# What the text around a page's code has named.
+PRELUDES = {
+    "families.md": "import torch\nfrom diffusers import StableDiffusionPipeline as MyPipeline\n"
+    "from rdm_trl.pipelines.base import *\n"
+}
+
+
+def load(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def python_blocks(page: Path) -> list[tuple[str, str]]:
+    """Why a block is not run, or nothing, and its code."""
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def small_runs(tmp_path, monkeypatch):
+    """Whatever a config asks for, two updates of two groups, in a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    check = RdmDistillConfig.__post_init__
+    most = {"max_steps": 2, "num_eval_images": 8, "teacher_num_steps": 2, "num_log_images": 2, "fake_updates": 1}
+
+    def shrink(config):
+        for name, value in most.items():
+            setattr(config, name, min(getattr(config, name), value))
+        config.per_device_train_batch_size = 2 * config.num_generations
+        config.use_cpu = config.disable_tqdm = True
+        check(config)
+
+    monkeypatch.setattr(RdmDistillConfig, "__post_init__", shrink)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name)
+def test_python_blocks_run(page, small_runs, tmp_path):
+    namespace = {}
+    exec(PRELUDES.get(page.name, ""), namespace)
+    for reason, code in python_blocks(page):
+        if not reason:
+            exec(compile(code, page.name, "exec"), namespace)
+    if page.name in ("README.md", "index.md"):
+        assert isinstance(namespace["image"], Image.Image)
+        assert (tmp_path / "my-4-step-model" / "README.md").is_file()
+
+
+def test_blocks_that_do_not_run_are_few():
+    assert [page.name for page in PAGES for reason, _ in python_blocks(page) if reason] == ["ddpo.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_point_to_files(page):
+    for target in re.findall(r"\]\((?!http)([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", ".mkdocs.yml", "-d", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "num_generations" in (tmp_path / "options.html").read_text()
+    assert "arithmatex" in (tmp_path / "method.html").read_text()
+
+
+def test_options_page_lists_every_option_and_its_default():
+    hooks, script = load("docs/hooks.py"), load("examples/train_gndm.py")
+    page, tables = (ROOT / "docs" / "options.md").read_text(), hooks.option_tables()
+    listed = {}
+    for names, default in re.findall(r"^\| (`.+?`) \| `.+?` \| (.+?) \|", tables, re.M):
+        listed |= {name: default.strip("`") for name in re.findall(r"`(\w+)`", names)}
+    fields = {**RdmDistillConfig.__dataclass_fields__, **script.ScriptArguments.__dataclass_fields__}
+    own = [*RdmDistillConfig.__annotations__, *script.ScriptArguments.__annotations__]
+    assert listed.keys() <= set(own)
+    for name in own:
+        field = fields[name]
+        value = field.default_factory() if callable(field.default_factory) else field.default
+        if name in listed:
+            assert (None if listed[name] == "none" else ast.literal_eval(listed[name])) == value, name
+        else:  # of `TrainingArguments`, with another default
+            written = re.search(rf"`{name}=(.+?)`", page)
+            assert written is not None and ast.literal_eval(written[1]) == value, name
+
+
+def test_metrics_page_lists_every_key_that_is_logged_and_no_other(tmp_path):
+    def brightness(images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+    brightness.differentiable = True
+    rewards = [redness, brightness]
+    trainer = RdmDistillTrainer(make_config(tmp_path, num_iterations=2), rewards)  # embedded, all figures
+    trainer.train()
+    trainer.evaluate()
+    summed = make_trainer(tmp_path, rewards, reward_mixing="sum")
+    summed.train()
+    logged = {
+        re.sub(r"^eval_(base|teacher)_", "eval_", re.sub("redness|brightness", "NAME", key))
+        for key in {**logs_of(trainer), **logs_of(summed)}
+    }
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(.+?)` \|", page, re.M)) == logged
