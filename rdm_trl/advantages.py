@@ -81,6 +81,7 @@ class Mixer:
     """
 
     DECAY = 0.95
+    KL_DECAY = 0.9  # the multiplier needs a younger estimate than the scales
     MULTIPLIER_RANGE = (1e-2, 1e2)
 
     def __init__(
@@ -90,7 +91,7 @@ class Mixer:
         dm_weight: float,
         num_steps: int,
         target_dm: float | None = None,
-        multiplier_rate: float = 0.05,
+        multiplier_rate: float = 0.1,
     ):
         self.mixing, self.weights, self.target_dm, self.multiplier_rate = mixing, weights, target_dm, multiplier_rate
         self.state = {
@@ -174,8 +175,8 @@ class Mixer:
         self.state["mean_squares"] = keep * self.state["mean_squares"] + (1 - keep) * means
         self.state["mass"] = keep * self.state["mass"] + (1 - keep)
         total = reduce(torch.stack([-dm_reward.sum(), dm_reward.new_tensor(len(dm_reward))])).cpu()
-        self.state["kl"] = self.DECAY * self.state["kl"] + (1 - self.DECAY) * total[0] / total[1]
-        self.state["kl_mass"] = self.DECAY * self.state["kl_mass"] + (1 - self.DECAY)
+        self.state["kl"] = self.KL_DECAY * self.state["kl"] + (1 - self.KL_DECAY) * total[0] / total[1]
+        self.state["kl_mass"] = self.KL_DECAY * self.state["kl_mass"] + (1 - self.KL_DECAY)
         if self.mixing == "constrained":
             excess = min(self.kl / self.target_dm - 1, 1.0)
             step = torch.tensor(self.multiplier_rate * excess).exp()

@@ -3,6 +3,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -65,6 +66,16 @@ def test_python_blocks_run(page, small_runs, tmp_path):
     if page.name in ("README.md", "index.md"):
         assert isinstance(namespace["image"], Image.Image)
         assert (tmp_path / "my-4-step-model" / "README.md").is_file()
+
+
+def test_the_notebook_runs_from_top_to_bottom(small_runs):
+    pytest.importorskip("matplotlib").use("Agg")
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    namespace = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "quickstart.ipynb", "exec"), namespace)
+    assert isinstance(namespace["image"], Image.Image) and "eval_symmetry" in namespace["figures"]
 
 
 def test_blocks_that_do_not_run_are_few():

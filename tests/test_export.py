@@ -12,6 +12,7 @@ from test_families import CASES, make
 
 from rdm_trl.cli import main
 from rdm_trl.export import export
+from rdm_trl.lora import make_roles
 from rdm_trl.pipelines import family_of
 from rdm_trl.roles import Roles
 
@@ -99,6 +100,44 @@ def test_every_form_has_the_students_weights(name, tmp_path):
         plain.fuse_lora(components=[family.denoiser_name])
         plain.unload_lora_weights()
         check(family.denoiser.state_dict(), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_styled_student_alone_has_the_weights_of_its_role(name, tmp_path):
+    """`teacher_lora` in every family: all roles begin as the styled base, and the saved LoRA is all of the student."""
+    case = CASES[name]
+    styled = save(make(case), tmp_path / "style")
+    make(case).save_pretrained(tmp_path / "base")
+    family = family_of(make(case), case.size.get("sample_height"), case.size.get("sample_width"))
+    lora = LoraConfig(r=3, lora_alpha=7, target_modules=family.lora_target_modules[:2])
+    roles = make_roles(family, lora, teacher_lora=tmp_path / "style")
+    condition = family.encode_prompts(list(case.prompts))
+    x_t, timesteps = torch.randn(2, *family.latent_shape), torch.tensor([500.0, 500.0])
+
+    def output(network):
+        with torch.no_grad():
+            return family.denoise(network, x_t, timesteps, condition)
+
+    def weights_alone(weights):
+        plain = family_of(make(case)).denoiser
+        plain.load_state_dict(weights)
+        return output(lambda *args, **kwargs: plain(*args, **kwargs, return_dict=False)[0])
+
+    for role in ("teacher", "student", "fake", "ema"):
+        found = output(lambda *args, role=role, **kwargs: roles(role, *args, **kwargs))
+        torch.testing.assert_close(found, weights_alone(styled), atol=1e-4, rtol=1e-4, msg=role)
+
+    for parameter in roles.adapter_parameters("student"):
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    config, state = roles.plain_lora("student")
+    (tmp_path / "run").mkdir()
+    family.save_lora(tmp_path / "run", state, config.to_dict())
+    family.make_student_scheduler(4).save_pretrained(tmp_path / "run" / "scheduler")
+    fused = export(tmp_path / "run", tmp_path / "fused", "diffusers", base=str(tmp_path / "base"))
+    fused = family_of(DiffusionPipeline.from_pretrained(fused, dtype=torch.float32)).denoiser.state_dict()
+    trained = output(lambda *args, **kwargs: roles("student", *args, **kwargs))
+    torch.testing.assert_close(trained, weights_alone(fused), atol=1e-4, rtol=1e-4)
+    assert (trained - weights_alone(styled)).abs().max() > 1e-3
 
 
 def draw(pipeline):

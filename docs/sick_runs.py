@@ -1,0 +1,95 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""
+A healthy run and three that are made sick on purpose, for metrics.md: their curves and samples, in docs/images.
+
+python docs/sick_runs.py
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+
+from rdm_trl import RdmDistillConfig, RdmDistillTrainer  # noqa: E402
+
+
+IMAGES = Path(__file__).parent / "images"
+PROMPTS = [f"a photo of a {name}" for name in ("t-shirt", "dress", "sneaker", "bag")]
+
+
+def stripes(images, prompts, metadata):
+    """A reward that is easy to hack: the brightness of every other row, less that of the rows between."""
+    return (images[:, :, ::2].mean(dim=(1, 2, 3)) - images[:, :, 1::2].mean(dim=(1, 2, 3))).clamp(max=0.9)
+
+
+stripes.differentiable = True
+HEALTHY = dict(sample_guidance_scale=1.0)
+RUNS = {
+    "healthy": HEALTHY,
+    "over-saturated:\nguidance 8 in R_dm": dict(sample_guidance_scale=8.0),
+    "collapsed: fake score\nleft behind": dict(sample_guidance_scale=2.0, fake_learning_rate=1e-7),
+    "hacked: a reward\nof too much weight": dict(reward_mixing="sum", reward_weights=[3.0]),
+}
+PANELS = (
+    "x0/std",
+    "x0/diversity",
+    "x0/saturation",
+    "dm/direction",
+    "loss/fake",
+    "rewards/distribution_matching/mean",
+)
+
+
+def run(options: dict, updates: int) -> tuple[list[dict], torch.Tensor]:
+    """What a run logs, and the student's images (P * 4, 3, H, W) at its end."""
+    defaults = dict(
+        max_steps=updates,
+        learning_rate=5e-4,
+        fake_learning_rate=5e-4,
+        fake_updates=3,
+        logging_steps=5,
+        log_images_steps=0,
+        save_strategy="no",
+    )
+    rewards = [stripes] if "reward_weights" in options else []
+    with tempfile.TemporaryDirectory() as folder:
+        config = RdmDistillConfig(folder, **{**defaults, **HEALTHY, **options})
+        # The hook only asks for final images, of which the saturation is measured.
+        trainer = RdmDistillTrainer(config, rewards, image_samples_hook=lambda *_: None)
+        trainer.train()
+        return trainer.state.log_history, trainer.sample("student", [p for p in PROMPTS for _ in range(4)])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--updates", type=int, default=150)
+    args = parser.parse_args()
+    runs = {name: run(options, args.updates) for name, options in RUNS.items()}
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    for axis, key in zip(axes.flat, PANELS, strict=True):
+        for name, (logs, _) in runs.items():
+            points = [(row["step"], row[key]) for row in logs if key in row]
+            axis.plot(*zip(*points, strict=True), label=name.replace("\n", " "))
+        axis.set_title(key)
+        axis.set_xlabel("update")
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(IMAGES / "sick_curves.png", dpi=70)
+
+    figure, axes = plt.subplots(1, len(runs), figsize=(13, 3.7), layout="constrained")
+    for axis, (name, (_, images)) in zip(axes, runs.items(), strict=True):
+        rows = [torch.cat(list(images[i : i + 4]), 2) for i in range(0, len(images), 4)]
+        axis.imshow(torch.cat(rows, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_title(name, fontsize=10)
+        axis.axis("off")
+    figure.savefig(IMAGES / "sick_samples.png", dpi=70)
+
+
+if __name__ == "__main__":
+    main()
