@@ -32,6 +32,7 @@ STATE_FILES = (".json", ".pt", ".pth", ".safetensors")
 FREE_SETTINGS = (
     "per_device_eval_batch_size",
     "logging_steps",
+    "prompt_cache_dir",
     "reward_timeout",
     "teacher_num_steps",
     "teacher_guidance_scale",

@@ -96,6 +96,8 @@ class RdmDistillConfig(TrainingArguments):
             default for four steps.
         sample_height, sample_width (`int`, *optional*):
             Height and width of the images in pixels; the pipeline's own by default. Give both or neither.
+        prompt_cache_dir (`str`, *optional*):
+            Folder that keeps the embeddings of prompts, so that later runs and other processes need not encode them.
         num_generations (`int`, *optional*, defaults to `4`):
             Images per prompt: the group. `per_device_train_batch_size` must be divisible by it.
 
@@ -246,6 +248,9 @@ class RdmDistillConfig(TrainingArguments):
     )
     sample_height: int | None = field(default=None, metadata={"help": "Height of the images in pixels."})
     sample_width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
+    prompt_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the embeddings of prompts for later runs."}
+    )
     num_generations: int = field(default=4, metadata={"help": "Images per prompt: the group."})
 
     # Parameters that control importance sampling

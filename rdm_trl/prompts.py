@@ -1,6 +1,8 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """Where prompts come from, DDPO's prompt function or the rows of a data set, and their embeddings."""
 
+import hashlib
+import os
 import random
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,6 +14,8 @@ import pyarrow as pa
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, load_dataset
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ._trl import RepeatSampler
 
@@ -45,29 +49,73 @@ class PromptSampler(RepeatSampler):
 
 class PromptCache:
     """
-    `cache(prompts)` gives the denoiser's conditions for `prompts`, each prompt encoded once and remembered.
+    `cache(prompts)` gives the denoiser's conditions for `prompts`, each prompt encoded once and remembered: in the
+    computer's memory, not the accelerator's, and in a folder if there is one.
 
     Args:
         encode (`Callable`): `prompts -> conditions`, a dictionary of tensors (B, ...).
+        denoiser (`nn.Module`): the conditions are given on its device.
         batch_size (`int`): prompts encoded at once.
+        folder (`str` or `Path`, *optional*): keeps a file for each prompt, for later runs and other processes.
+        name (`str`, *optional*): of what encodes; files of another name are not read.
     """
 
-    def __init__(self, encode: Callable[[list[str]], dict[str, torch.Tensor]], batch_size: int):
-        self.encode, self.batch_size = encode, batch_size
+    def __init__(
+        self,
+        encode: Callable[[list[str]], dict[str, torch.Tensor]],
+        denoiser: nn.Module,
+        batch_size: int,
+        folder: str | Path | None = None,
+        name: str = "",
+    ):
+        self.encode, self.denoiser, self.batch_size, self.name = encode, denoiser, batch_size, name
+        self.folder = Path(folder) if folder is not None else None
         self.conditions = OrderedDict()
 
     def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.conditions]
-        encoded = {prompt: self.conditions[prompt] for prompt in prompts if prompt not in missing}
+        encoded = {prompt: self._remembered(prompt) for prompt in dict.fromkeys(prompts)}
+        missing = [prompt for prompt, condition in encoded.items() if condition is None]
         for start in range(0, len(missing), self.batch_size):
             chunk = missing[start : start + self.batch_size]
             condition = self.encode(chunk)
             for i, prompt in enumerate(chunk):
-                encoded[prompt] = {key: value[i] for key, value in condition.items()}
+                encoded[prompt] = {key: value[i].cpu() for key, value in condition.items()}
+                if self.folder is not None:
+                    self._write(prompt, encoded[prompt])
         self.conditions.update(encoded)
         while len(self.conditions) > PROMPT_CACHE_SIZE:
             self.conditions.popitem(last=False)
-        return {key: torch.stack([encoded[prompt][key] for prompt in prompts]) for key in encoded[prompts[0]]}
+        device = next(self.denoiser.parameters()).device
+        return {key: torch.stack([encoded[p][key] for p in prompts]).to(device) for key in encoded[prompts[0]]}
+
+    def _remembered(self, prompt: str) -> dict[str, torch.Tensor] | None:
+        if prompt in self.conditions or self.folder is None:
+            return self.conditions.get(prompt)
+        file = self._file(prompt)
+        return load_file(file) if file.exists() else None
+
+    def _file(self, prompt: str) -> Path:
+        digest = hashlib.sha256(f"{self.name}\n{prompt}".encode()).hexdigest()
+        return self.folder / f"{digest[:32]}.safetensors"
+
+    def _write(self, prompt: str, condition: dict[str, torch.Tensor]):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self._file(prompt)
+        # Under another name at first: another process may look for it, and this one may be killed.
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        save_file({key: value.contiguous() for key, value in condition.items()}, unfinished)
+        unfinished.replace(file)
+
+
+def prompt_caches(family, config, base_model: str) -> tuple[PromptCache, PromptCache]:
+    """Of prompts and of negative prompts, for a family of pipelines and a run's config."""
+    dtype = next(family.denoiser.parameters()).dtype
+    name = f"{base_model} {family.height}x{family.width} {dtype}"
+    rest = family.denoiser, config.per_device_eval_batch_size, config.prompt_cache_dir
+    return (
+        PromptCache(family.encode_prompts, *rest, name),
+        PromptCache(family.encode_negative_prompts, *rest, f"{name} negative"),
+    )
 
 
 def load_prompts(name: str, split: str = "train") -> Dataset:

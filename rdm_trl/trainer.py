@@ -28,7 +28,7 @@ from .fake_score import FakeScore
 from .hub import run_settings, save_checkpoint, write_card, write_metrics
 from .lora import make_roles
 from .pipelines import family_of, load_pipeline
-from .prompts import PromptCache, PromptSampler, check_prompts, split_rows, training_prompts
+from .prompts import PromptSampler, check_prompts, prompt_caches, split_rows, training_prompts
 from .rewards import RewardFunction, resolve_reward
 from .rewards.panel import RewardPanel, distribution_matching_push
 from .upload import prepare_push, push, push_checkpoint
@@ -106,8 +106,7 @@ class RdmDistillTrainer(Trainer):
         self.family = family_of(sd_pipeline, config.sample_height, config.sample_width)
         self.base_model = sd_pipeline.config.get("_name_or_path") or sd_pipeline.name_or_path
         self.is_demo = self.base_model == DEMO_PIPELINE
-        self.encode = PromptCache(self.family.encode_prompts, config.per_device_eval_batch_size)
-        self.encode_negative = PromptCache(self.family.encode_negative_prompts, 1)
+        self.encode, self.encode_negative = prompt_caches(self.family, config, self.base_model)
         self.process = NoiseProcess(sd_pipeline.scheduler)
         grid = (config.sample_num_steps, config.sample_sigmas, config.sample_timesteps)
         self.student_scheduler = self.family.make_student_scheduler(*grid)

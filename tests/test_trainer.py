@@ -223,6 +223,25 @@ def test_resume_continues_the_run(tmp_path, reuse):
     assert resumed.cost["rollouts"] == trainer.cost["rollouts"]
 
 
+def test_half_precision(tmp_path):
+    """A base in bfloat16: adapters and optimizers stay in float32, and the update is float32's up to rounding."""
+    moved = {}
+    for bf16 in (True, False):
+        make_tiny_pipeline().save_pretrained(tmp_path / "base")
+        trainer = make_trainer(tmp_path, pipeline=str(tmp_path / "base"), bf16=bf16, optim="sgd", max_steps=1)
+        assert {p.dtype for p in trainer.model.adapter_parameters("student", "fake", "ema")} == {torch.float32}
+        base = trainer.model.denoiser.conv_in.weight
+        assert base.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        before = trainer.model.adapter_state("student")
+        trainer.train()
+        after = trainer.model.adapter_state("student")
+        moved[bf16] = torch.cat([(after[key] - before[key]).flatten() for key in before])
+        trainer.save_model()
+        assert trainer.sample("student", PROMPTS).isfinite().all()
+    assert torch.cosine_similarity(moved[True], moved[False], dim=0) > 0.9
+    assert 0.8 < moved[True].norm() / moved[False].norm() < 1.25
+
+
 def test_v_prediction_and_single_step(tmp_path):
     make_trainer(tmp_path, pipeline=make_tiny_pipeline("v_prediction")).train()
     make_trainer(tmp_path, [redness], sample_num_steps=1, num_generations=2).train()

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from rdm_trl.checkpoint import last_complete_checkpoint
+
 
 WORKER = str(Path(__file__).with_name("worker.py"))
 
@@ -57,3 +59,11 @@ def test_a_reward_that_fails_on_one_process_ends_all(tmp_path):
     result = launch("fail", tmp_path, check=False)
     assert result.returncode != 0 and time.monotonic() - start < 120
     assert "out of ink" in result.stderr and "broken" in result.stderr
+
+
+def test_one_killed_process_ends_all_and_leaves_a_checkpoint(tmp_path):
+    start = time.monotonic()
+    result = launch("kill", tmp_path, check=False)
+    assert result.returncode != 0 and time.monotonic() - start < 120
+    assert "SIGKILL" in result.stderr or "exitcode: -9" in result.stderr
+    assert last_complete_checkpoint(tmp_path / "run").name in ("checkpoint-1", "checkpoint-2")

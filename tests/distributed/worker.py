@@ -135,9 +135,24 @@ def fail(folder: Path):
     make_trainer(folder, [broken]).train()
 
 
+def kill(folder: Path):
+    """The second process dies as one does that runs out of memory."""
+    trainer = make_trainer(folder, max_steps=20, save_strategy="steps", save_steps=1)
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if args.process_index == 1 and state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.add_callback(Kill())
+    trainer.train()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"same_samples": same_samples, "resume": resume, "stop": stop, "fail": fail}[sys.argv[1]](Path(sys.argv[2]))
+    {"same_samples": same_samples, "resume": resume, "stop": stop, "fail": fail, "kill": kill}[sys.argv[1]](
+        Path(sys.argv[2])
+    )
     PartialState().destroy_process_group()
     # Gloo's threads abort the interpreter's end now and then, when all is done: "terminate called without an active".
     sys.stdout.flush()
