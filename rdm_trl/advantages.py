@@ -74,7 +74,7 @@ class Mixer:
     Args:
         mixing (`str`): one of the three.
         weights (M,): of the pushes that are not distribution matching's.
-        dm_weight (`float`): of distribution matching; in "constrained" its first value.
+        dm_weight (`float`): of distribution matching; in "constrained" times the sum of the weights, at first.
         num_steps (`int`): the student's.
         target_dm (`float`): the budget of "constrained", in the units of `rewards/distribution_matching/mean`.
         multiplier_rate (`float`): the log of the multiplier moves by it times the relative excess, an update.
@@ -101,6 +101,9 @@ class Mixer:
             "kl_mass": torch.zeros(()),
             "multiplier": torch.tensor(float(dm_weight)),
         }
+        if mixing == "constrained" and len(weights):
+            # Within the budget at first, or the rewards carry the student off before the multiplier has grown.
+            self.state["multiplier"] *= weights.abs().sum().clamp(min=1.0)
 
     def __call__(
         self,

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,9 @@ def base_licence(base: str) -> dict[str, str]:
     return {key: card[key] for key in ("license", "license_name", "license_link") if key in card}
 
 
-def figures_table(metrics: dict) -> str:
-    """Markdown table of `metrics.json`'s figures, a row for each of teacher, base and student."""
-    rows = {name: metrics[name] for name in ("teacher", "base", "student") if name in metrics}
+def figures_table(metrics: dict, names: Iterable[str] = ("teacher", "base", "student")) -> str:
+    """Markdown table of `metrics.json`'s figures, a row for each of `names` that has them."""
+    rows = {name: metrics[name] for name in names if name in metrics}
     flat = {
         name: {**{k: v for k, v in row.items() if k != "rewards"}, **row.get("rewards", {})}
         for name, row in rows.items()

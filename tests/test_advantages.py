@@ -104,7 +104,7 @@ def test_adaptive_does_not_blow_up_what_does_not_push():
 
 def test_constrained_finds_the_multiplier_that_holds_the_budget():
     """A toy whose KL falls with the multiplier, KL = 1 / multiplier: a budget of 0.25 needs 4."""
-    mixer = Mixer("constrained", torch.tensor([1.0]), 1.0, 1, target_dm=0.25, multiplier_rate=0.05)
+    mixer = Mixer("constrained", torch.tensor([1.0]), 1.0, 1, target_dm=0.25)
     dm, field, _ = make_pushes()
     for _ in range(500):
         kl = 1 / mixer.state["multiplier"]
@@ -113,6 +113,16 @@ def test_constrained_finds_the_multiplier_that_holds_the_budget():
     assert mixer.state["multiplier"].item() == pytest.approx(4.0, rel=0.1)
     push = feedback.direction - mixer.state["multiplier"] * dm
     assert (push.square().mean() / dm.square().mean()).sqrt().item() == pytest.approx(1.0, rel=0.01)
+
+
+def test_constrained_begins_with_the_rewards_as_strong_as_the_teacher():
+    dm, field, _ = make_pushes()
+    mixer = Mixer("constrained", torch.tensor([12.0, 4.0]), 1.0, 1, target_dm=0.25)
+    assert mixer.state["multiplier"] == 16
+    # Exactly on the budget the multiplier stays.
+    feedback = mixer(dm, [field, field], torch.ones(8), torch.zeros(8).long(), torch.full((8,), -0.25))
+    reward_push = feedback.direction - 16 * dm
+    assert (reward_push.square().mean() / (16 * dm).square().mean()).sqrt().item() == pytest.approx(1.0, rel=0.01)
 
 
 def test_a_mixers_state_is_all_it_remembers():

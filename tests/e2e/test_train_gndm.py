@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 SHORT = "--max_steps 2 --num_eval_images 8 --teacher_num_steps 2 --log_images_steps 0 --use_cpu".split()
 
 
-def load_example():
-    spec = importlib.util.spec_from_file_location("train_gndm", ROOT / "examples" / "train_gndm.py")
+def load_example(name: str = "train_gndm"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -146,3 +146,27 @@ def test_accelerate_launch(tmp_path):
             assert isinstance(metrics[who][name], float)
     assert metrics["student"]["fid_teacher"] > 0
     assert "| student |" in result.stdout and result.stdout.rstrip().endswith("grid.png")
+
+
+def test_evaluating_checkpoints(tmp_path, monkeypatch, capsys):
+    """The script's figures, of images that plain diffusers draws, are those of the trainer's own samples."""
+    config = RdmDistillConfig(
+        str(tmp_path / "run"), max_steps=2, learning_rate=0.01, log_images_steps=0, save_strategy="no", use_cpu=True
+    )
+    trainer = RdmDistillTrainer(config)
+    trainer.train()
+    trainer.save_model()
+    prompts = [DEMO_PROMPTS[i % len(DEMO_PROMPTS)] for i in range(60)]
+    expected = trainer.judge("student", trainer.sample("student", prompts), prompts)
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", str(tmp_path / "run"), "--num_images", "60", "--batch_size", "32"]
+    )
+    monkeypatch.chdir(tmp_path)
+    load_example("evaluate").main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    header, teacher, base, student = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    figures = dict(zip(header, student, strict=True))
+    assert float(figures["diversity"]) == pytest.approx(expected["diversity"], rel=1e-3)
+    assert float(figures["fid"]) == pytest.approx(expected["fid"], rel=1e-3)
+    assert base[0] == "base, 4 steps" and student[0] == "run, 4 steps"
+    assert (tmp_path / "outputs" / "evaluation" / "grid.png").is_file()

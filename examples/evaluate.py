@@ -1,0 +1,114 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+# /// script
+# dependencies = ["rdm_trl"]
+# ///
+"""
+Compares distilled checkpoints of one base with each other, with the base and with the teacher: the same prompts, the
+same noise, sampled by plain diffusers. Writes evaluation.md and grid.png.
+
+python evaluate.py outputs/dmd outputs/gndm outputs/gndmr --reward_funcs classifier
+python evaluate.py my-checkpoint --dataset_name prompts.txt --eval_feature_model facebook/dinov2-small
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from rdm_trl.callbacks import comparison_grid
+from rdm_trl.demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge
+from rdm_trl.evaluation import Judge, PretrainedFeatures, machine
+from rdm_trl.export import fuse
+from rdm_trl.hub import figures_table
+from rdm_trl.pipelines import family_of
+from rdm_trl.prompts import load_prompts
+from rdm_trl.rewards import Scorer, resolve_reward
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="folders of save_model")
+    parser.add_argument("--dataset_name", help="of prompts; the embedded pipeline brings its own")
+    parser.add_argument("--reward_funcs", nargs="*", default=[])
+    parser.add_argument("--eval_feature_model", help="image model whose features serve for Fréchet distances")
+    parser.add_argument("--num_images", type=int, default=2400)
+    parser.add_argument("--batch_size", type=int, default=200)
+    parser.add_argument("--num_log_images", type=int, default=10, help="prompts in the picture")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluation"))
+    return parser.parse_args()
+
+
+def sample(pipeline, settings: dict, steps: int, scale: float | None, prompts: list[str], args, name: str):
+    """Images (B, 3, H, W); with `scale` None as a student: unguided, on the grid that it was trained on."""
+    family = family_of(pipeline, settings["sample_height"], settings["sample_width"])
+    scheduler = pipeline.scheduler
+    if scale is None:
+        family.make_student_scheduler(steps, settings["sample_sigmas"], settings["sample_timesteps"])
+        family.student_scheduler = scheduler  # the saved one; the grid of the user's own is the call's
+    images = []
+    for i, start in enumerate(tqdm(range(0, len(prompts), args.batch_size), desc=name)):
+        chunk = prompts[start : start + args.batch_size]
+        generator = torch.Generator().manual_seed(args.seed + i)
+        guidance = family.student_guidance_scale if scale is None else scale
+        images.append(family.sample(scheduler, chunk, steps, guidance, settings["negative_prompts"], generator))
+    return torch.cat(images)
+
+
+def main():
+    args = parse_args()
+    all_settings = [json.loads((folder / "metrics.json").read_text())["settings"] for folder in args.checkpoints]
+    settings = all_settings[0]
+    bases = {found["base_model"] for found in all_settings}
+    if len(bases) > 1:
+        raise SystemExit(f"The checkpoints are of different bases: {', '.join(sorted(bases))}.")
+    is_demo = settings["base_model"] == "rdm_trl.demo"
+
+    def load_base():
+        base = DiffusionPipeline.from_pretrained(DEMO_PIPELINE if is_demo else settings["base_model"])
+        return base.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    if args.dataset_name is None and not is_demo:
+        raise SystemExit("There are no prompts: give --dataset_name.")
+    known = load_prompts(args.dataset_name)["prompt"][:] if args.dataset_name else DEMO_PROMPTS
+    prompts = [known[i % len(known)] for i in range(args.num_images)]
+    judge = load_demo_judge() if is_demo else Judge()
+    if args.eval_feature_model:
+        judge = Judge(PretrainedFeatures(args.eval_feature_model))
+    score = Scorer([resolve_reward(name) for name in args.reward_funcs])
+
+    teacher_steps, scale = settings["teacher_num_steps"], settings["teacher_guidance_scale"]
+    unguided = family_of(load_base()).student_guidance_scale
+    models = {
+        "teacher": (load_base, settings, teacher_steps, scale),
+        f"base, {settings['sample_num_steps']} steps": (load_base, settings, settings["sample_num_steps"], unguided),
+    }
+    for folder, found in zip(args.checkpoints, all_settings, strict=True):
+        name = f"{folder.resolve().name}, {found['sample_num_steps']} steps"
+        models[name] = (lambda folder=folder: fuse(load_base(), folder), found, found["sample_num_steps"], None)
+
+    metrics, columns = {}, {}
+    count = min(args.num_log_images, len(known), args.num_images)
+    shown = [i * min(len(known), args.num_images) // count for i in range(count)]
+    for name, (load, found, steps, guidance) in models.items():
+        pipeline = load()
+        images = sample(pipeline, found, steps, guidance, prompts, args, name)
+        rewards, _ = score(images, prompts, [None] * len(prompts))
+        named = dict(zip(score.names, rewards.nanmean(0).tolist(), strict=True))
+        metrics[name] = {**judge(name, images, prompts), "rewards": named}
+        # The same prompt comes again behind all others, with other noise.
+        rounds = range(0, max(1, min(4, len(prompts) // len(known))) * len(known), len(known))
+        columns[name] = [family_of(pipeline).to_pil(images[[i + r for r in rounds]]) for i in shown]
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    comparison_grid(columns, [prompts[i] for i in shown]).save(args.output_dir / "grid.png")
+    text = f"{figures_table(metrics, models)}\n\n{args.num_images} images of each, seed {args.seed}, {machine()}."
+    (args.output_dir / "evaluation.md").write_text(text + "\n")
+    print(f"\n{text}\n{args.output_dir / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    main()
