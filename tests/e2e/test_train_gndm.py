@@ -166,7 +166,7 @@ def test_evaluating_checkpoints(tmp_path, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     header, teacher, base, student = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     figures = dict(zip(header, student, strict=True))
-    assert float(figures["diversity"]) == pytest.approx(expected["diversity"], rel=1e-3)
+    assert float(figures["class_accuracy"]) == pytest.approx(expected["class_accuracy"], rel=1e-3)
     assert float(figures["fid"]) == pytest.approx(expected["fid"], rel=1e-3)
     assert base[0] == "base, 4 steps" and student[0] == "run, 4 steps"
     assert (tmp_path / "outputs" / "evaluation" / "grid.png").is_file()
