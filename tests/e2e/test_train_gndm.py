@@ -158,9 +158,8 @@ def test_evaluating_checkpoints(tmp_path, monkeypatch, capsys):
     trainer.save_model()
     prompts = [DEMO_PROMPTS[i % len(DEMO_PROMPTS)] for i in range(60)]
     expected = trainer.judge("student", trainer.sample("student", prompts), prompts)
-    monkeypatch.setattr(
-        sys, "argv", ["evaluate.py", str(tmp_path / "run"), "--num_images", "60", "--batch_size", "32"]
-    )
+    arguments = ["--num_images", "60", "--batch_size", "32", "--seed", str(config.seed)]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "run"), *arguments])
     monkeypatch.chdir(tmp_path)
     load_example("evaluate").main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
