@@ -7,6 +7,7 @@ A long run with three rewards, checkpoints and evaluation: memory, quality and d
 and soak.png. From this folder:
 
 python soak.py
+python soak.py --target_dm 0.0012 --output_dir outputs/soak_constrained
 python soak.py --updates 200 --every 50
 """
 
@@ -44,7 +45,7 @@ def plot(records: list[dict], names: list[str], path: Path):
         "student, on evaluation": ["eval_fid", "eval_fid_teacher"],
         "diversity": ["eval_diversity", "eval_teacher_diversity"],
         "latents": ["x0/std", "x0/diversity"],
-        "fake score": ["loss/fake"],
+        "distance to the teacher": ["dm/kl"],
         **{f"reward: {name}": [f"rewards/{name}/mean", f"eval_{name}", f"eval_teacher_{name}"] for name in names},
     }
     figure, axes = plt.subplots(3, 3, figsize=(14, 9), layout="constrained", sharex=True)
@@ -63,6 +64,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--every", type=int, default=200, help="updates between two evaluations and checkpoints")
+    parser.add_argument("--target_dm", type=float, help="a budget for the distance to the teacher")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/soak"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -79,6 +81,8 @@ def main():
         num_iterations=2,
         reward_funcs=["classifier", "my_reward:symmetry", "jpeg_compressibility"],
         reward_weights=[1.0, 0.5, 1.0],
+        reward_mixing="adaptive" if args.target_dm is None else "constrained",
+        target_dm=args.target_dm,
         reward_gradient_steps=2,
         num_eval_images=1200,
         per_device_eval_batch_size=200,
