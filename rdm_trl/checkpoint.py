@@ -33,6 +33,7 @@ FREE_SETTINGS = (
     "per_device_eval_batch_size",
     "logging_steps",
     "prompt_cache_dir",
+    "offload_encoders",
     "reward_timeout",
     "teacher_num_steps",
     "teacher_guidance_scale",

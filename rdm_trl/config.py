@@ -98,6 +98,9 @@ class RdmDistillConfig(TrainingArguments):
             Height and width of the images in pixels; the pipeline's own by default. Give both or neither.
         prompt_cache_dir (`str`, *optional*):
             Folder that keeps the embeddings of prompts, so that later runs and other processes need not encode them.
+        offload_encoders (`bool`, *optional*, defaults to `False`):
+            Text encoders wait in the computer's memory and come to the device only to encode a new prompt or to draw
+            samples: less memory, more time. With `prompt_cache_dir` prompts of an earlier run need none.
         num_generations (`int`, *optional*, defaults to `4`):
             Images per prompt: the group. `per_device_train_batch_size` must be divisible by it.
 
@@ -250,6 +253,9 @@ class RdmDistillConfig(TrainingArguments):
     sample_width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
     prompt_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder that keeps the embeddings of prompts for later runs."}
+    )
+    offload_encoders: bool = field(
+        default=False, metadata={"help": "Text encoders are on the device only while they encode."}
     )
     num_generations: int = field(default=4, metadata={"help": "Images per prompt: the group."})
 

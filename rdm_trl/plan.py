@@ -3,6 +3,7 @@
 
 import importlib
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import diffusers
@@ -27,7 +28,7 @@ class Memory:
     Bytes on the device.
 
     Args:
-        denoiser, others: weights in bfloat16; all other models of the pipeline stay on the device too.
+        denoiser, others: weights in bfloat16; `others` are the autoencoder and, unless they are offloaded, encoders.
         adapters: student, fake score and average in float32, with the gradients and AdamW states of the first two.
         activations: what the student's forward pass keeps for its backward pass.
     """
@@ -115,6 +116,7 @@ def memory_of(
     pipeline: DiffusionPipeline,
     batch_size: int,
     activation_checkpointing: bool,
+    offload_encoders: bool = False,
     lora_r: int = 32,
     height: int | None = None,
     width: int | None = None,
@@ -123,12 +125,13 @@ def memory_of(
     Args:
         pipeline: of `load_without_weights`; it gets adapters.
         batch_size (`int`): `per_device_train_batch_size`, images.
+        activation_checkpointing, offload_encoders (`bool`): as in `RdmDistillConfig`.
         height, width (`int`, *optional*): of the images in pixels.
     """
     family = family_of(pipeline, height, width)
     denoiser = size_of(family.denoiser)
     models = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
-    others = size_of(*models) - denoiser
+    others = size_of(*models) - denoiser - (size_of(*family.encoders()) if offload_encoders else 0)
     with torch.device("meta"):
         roles = Roles(
             family.denoiser, LoraConfig(r=lora_r, lora_alpha=lora_r, target_modules=family.lora_target_modules)
@@ -150,9 +153,10 @@ def plan(model: str, gpu_memory: float, **options) -> str:
         gpu_memory (`float`): of the device, in GiB.
         **options: `lora_r`, `height` and `width` of `memory_of`.
     """
-    choices = [(batch_size, checkpointing) for batch_size in (32, 16, 8, 4) for checkpointing in (False, True)]
-    for batch_size, checkpointing in choices:
-        memory = memory_of(load_without_weights(model), batch_size, checkpointing, **options)
+    # The first that fits: encoders are moved only where nothing else helps.
+    choices = product((False, True), (32, 16, 8, 4), (False, True))
+    for offload, batch_size, checkpointing in choices:
+        memory = memory_of(load_without_weights(model), batch_size, checkpointing, offload, **options)
         if memory.total <= gpu_memory * GIB:
             break
     lines = [f"{name:<40}{size / GIB:8.2f} GiB" for name, size in memory.rows().items()]
@@ -169,6 +173,7 @@ def plan(model: str, gpu_memory: float, **options) -> str:
         "num_generations": 4,
         "gradient_accumulation_steps": 32 // batch_size,
         "activation_checkpointing": str(checkpointing).lower(),
+        "offload_encoders": str(offload).lower(),
         "bf16": "true",
     }
     return "\n".join([*lines, "", *(f"{name}: {value}" for name, value in settings.items())])

@@ -111,10 +111,19 @@ def prompt_caches(family, config, base_model: str) -> tuple[PromptCache, PromptC
     """Of prompts and of negative prompts, for a family of pipelines and a run's config."""
     dtype = next(family.denoiser.parameters()).dtype
     name = f"{base_model} {family.height}x{family.width} {dtype}"
+
+    def encode(prompts):
+        with family.encoders_at_hand():
+            return family.encode_prompts(prompts)
+
+    def encode_negative(prompts):
+        with family.encoders_at_hand():
+            return family.encode_negative_prompts(prompts)
+
     rest = family.denoiser, config.per_device_eval_batch_size, config.prompt_cache_dir
     return (
-        PromptCache(family.encode_prompts, *rest, name),
-        PromptCache(family.encode_negative_prompts, *rest, f"{name} negative"),
+        PromptCache(encode, *rest, name),
+        PromptCache(encode_negative, *rest, f"{name} negative"),
     )
 
 

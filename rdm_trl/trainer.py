@@ -147,7 +147,7 @@ class RdmDistillTrainer(Trainer):
         self.stop_callback = StopOnSignalCallback()
         self.add_callback(self.stop_callback)
         self.model_accepts_loss_kwargs = False  # `Roles.forward` takes any keyword, but no token count
-        sd_pipeline.to(self.accelerator.device)
+        self.family.place(self.accelerator.device, config.offload_encoders)
         self.student_timesteps = self.student_scheduler.timesteps.to(self.accelerator.device)
         # Other noise on each process, from here on.
         set_seed(config.seed, device_specific=True)

@@ -70,6 +70,14 @@ def test_checkpointing_and_batch_size():
     assert activations(8, True) < 0.4 * activations(8, False)
 
 
+def test_offloaded_encoders_do_not_count():
+    whole, without = (
+        plan.memory_of(plan.load_without_weights(DEMO_PIPELINE), 4, True, offload) for offload in (False, True)
+    )
+    encoder = load_demo_pipeline().text_encoder
+    assert whole.others - without.others == 2 * sum(p.numel() for p in encoder.parameters())
+
+
 def test_plan_picks_what_fits(tmp_path, capsys):
     make_tiny_pipeline().save_pretrained(tmp_path)
     main(["plan", "--model", str(tmp_path), "--gpu-memory", "1"])

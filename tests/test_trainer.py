@@ -242,6 +242,26 @@ def test_half_precision(tmp_path):
     assert 0.8 < moved[True].norm() / moved[False].norm() < 1.25
 
 
+def test_encoders_wait_elsewhere_and_change_nothing(tmp_path):
+    images = []
+    for offload in (False, True):
+        pipeline, calls = make_tiny_pipeline(), []
+        encoder = pipeline.text_encoder
+        move, encode = encoder.to, encoder.forward
+        encoder.to = lambda *args, move=move, calls=calls, **kwargs: calls.append(args[0]) or move(*args, **kwargs)
+        encoder.forward = lambda *a, encode=encode, calls=calls, **k: calls.append("encodes") or encode(*a, **k)
+        trainer = make_trainer(tmp_path, pipeline=pipeline, offload_encoders=offload)
+        calls.clear()
+        trainer.train()
+        assert calls.count("encodes") > 0
+        if offload:  # brought to the denoiser's device, a `torch.device`, before each use and taken away behind it
+            uses = [i for i, call in enumerate(calls) if call == "encodes"]
+            assert all(isinstance(calls[i - 1], torch.device) or calls[i - 1] == "encodes" for i in uses)
+            assert all(calls[i + 1] in ("cpu", "encodes") for i in uses) and calls[-1] == "cpu"
+        images.append(trainer.sample("student", PROMPTS))
+    assert torch.equal(*images)
+
+
 def test_v_prediction_and_single_step(tmp_path):
     make_trainer(tmp_path, pipeline=make_tiny_pipeline("v_prediction")).train()
     make_trainer(tmp_path, [redness], sample_num_steps=1, num_generations=2).train()

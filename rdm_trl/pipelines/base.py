@@ -2,6 +2,7 @@
 """What all families of pipelines share. See `docs/families.md` for what a new one has to define."""
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,38 @@ class PipelineFamily:
         self.latent_shape = self.shape_of_latents()
         self.student_scheduler = None
         self.student_grid = {}
+        self.offloads_encoders = False
+
+    # --------------------------------------------------------------------------------------------------------- devices
+
+    def place(self, device: torch.device, offload_encoders: bool):
+        """Puts the pipeline on `device`; with `offload_encoders` without its text encoders."""
+        self.pipeline.to(device)
+        self.offloads_encoders = offload_encoders
+        if offload_encoders:
+            self._move_encoders("cpu")
+
+    @contextmanager
+    def encoders_at_hand(self):
+        """Inside the block the text encoders are where the denoiser is."""
+        if not self.offloads_encoders:
+            yield
+            return
+        self._move_encoders(self.denoiser.device)
+        try:
+            yield
+        finally:
+            self._move_encoders("cpu")
+
+    def encoders(self) -> list[torch.nn.Module]:
+        """All models of the pipeline that an update of the student does not call."""
+        used = (self.denoiser_name, "vae")
+        modules = {name: m for name, m in self.pipeline.components.items() if isinstance(m, torch.nn.Module)}
+        return [module for name, module in modules.items() if name not in used]
+
+    def _move_encoders(self, device: torch.device | str):
+        for module in self.encoders():
+            module.to(device)
 
     # ------------------------------------------------------------------------------------------------- size and grid
 
@@ -204,7 +237,7 @@ class PipelineFamily:
         device = self.denoiser.device
         try:
             # Many pipelines do not hand their generator on to the scheduler, whose noise then is torch's.
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with self.encoders_at_hand(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(generator.initial_seed() + 1)
                 images = self.pipeline(
                     **arguments, num_inference_steps=num_steps, generator=generator, output_type="pt"
