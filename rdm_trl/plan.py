@@ -5,6 +5,7 @@ import importlib
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import diffusers
 import torch
@@ -91,6 +92,24 @@ def size_of(*modules: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
+class FlashAttention(torch.autograd.Function):
+    """Stands for the fused attention of an accelerator: a shape, and what its backward pass needs."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise NotImplementedError("Only memory is counted.")
+
+
+def flash_attention(query, key, value, *args, **kwargs):
+    return FlashAttention.apply(query, key, value)
+
+
 def saved_activations(family: PipelineFamily, roles: Roles, batch_size: int) -> int:
     """Bytes that the student's forward pass of `batch_size` images keeps, weights not counted."""
     weights = {p.untyped_storage()._cdata for p in roles.parameters()}
@@ -102,10 +121,13 @@ def saved_activations(family: PipelineFamily, roles: Roles, batch_size: int) -> 
             kept[storage._cdata] = storage  # kept alive, so that its address is not used again
         return tensor
 
-    condition = family.encode_prompts(["a photo"] * batch_size)
-    x_t = torch.randn(batch_size, *family.latent_shape, device="meta")
-    timesteps = torch.full((batch_size,), 500.0, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    condition, device = family.example_condition(batch_size), family.denoiser.device
+    x_t = torch.randn(batch_size, *family.latent_shape, device=device)
+    timesteps = torch.full((batch_size,), 500.0, device=device)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    # Without weights PyTorch would take the attention that keeps whole matrices.
+    with keeping, patch.object(torch.nn.functional, attention.__name__, flash_attention):
         output = family.denoise(lambda *a, **k: roles("student", *a, **k), x_t, timesteps, condition)
     if not output.requires_grad:
         raise RuntimeError("No gradient reached the student: its adapter covers no layer of this denoiser.")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_tiny_pipeline
 from peft import LoraConfig
+from test_families import CASES, make
 
 from rdm_trl import plan
 from rdm_trl.cli import main
@@ -68,6 +69,25 @@ def test_checkpointing_and_batch_size():
 
     assert activations(8, False) == pytest.approx(2 * activations(4, False), rel=0.05)
     assert activations(8, True) < 0.4 * activations(8, False)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_family_without_its_weights(name, tmp_path):
+    """On the meta device a forward pass keeps what the real pipeline's keeps."""
+    pipeline = make(CASES[name])
+    pipeline.save_pretrained(tmp_path)
+    kept = []
+    for loaded in (pipeline, plan.load_without_weights(str(tmp_path), torch.float32)):
+        size = CASES[name].size
+        family = family_of(loaded, size.get("sample_height"), size.get("sample_width"))
+        if loaded is pipeline:
+            example = family.example_condition(4)
+            real = {k: torch.ones(v.shape, dtype=v.dtype) if v.is_meta else v for k, v in example.items()}
+            family.example_condition = lambda number, real=real: real
+        with torch.device(family.denoiser.device):
+            roles = Roles(family.denoiser, LoraConfig(r=2, target_modules=family.lora_target_modules))
+        kept.append(plan.saved_activations(family, roles, 4))
+    assert kept[1] == pytest.approx(kept[0], rel=0.1)
 
 
 def test_offloaded_encoders_do_not_count():

@@ -158,6 +158,10 @@ class PipelineFamily:
         """The same for the other half of guidance; an empty prompt means the pipeline's own unconditional."""
         return self.encode_prompts(prompts)
 
+    def example_condition(self, batch_size: int) -> dict[str, torch.Tensor]:
+        """Conditions for `plan`: on the meta device, where nothing may depend on a tensor's values."""
+        return self.encode_prompts(["a photo"] * batch_size)
+
     def prompt_ids(self, prompts: list[str]) -> torch.Tensor:
         """Token ids (B, L) of the prompts, or their labels; DDPO's `prompt_ids`."""
         tokenizer = self.pipeline.tokenizer

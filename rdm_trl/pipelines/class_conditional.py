@@ -48,6 +48,9 @@ class DiTFamily(PipelineFamily):
         refuse_negative_prompts(self, prompts)
         return self.encode_prompts(prompts)
 
+    def example_condition(self, batch_size):
+        return self.encode_prompts(["0"] * batch_size)
+
     def prompt_ids(self, prompts):
         return torch.tensor([self.label_of(prompt) for prompt in prompts])
 

@@ -52,6 +52,10 @@ class Flux2KleinFamily(PipelineFamily):
         refuse_negative_prompts(self, prompts)
         return self.encode_prompts(prompts)
 
+    def example_condition(self, batch_size):
+        width = self.denoiser.config.joint_attention_dim
+        return {"prompt_embeds": torch.empty(batch_size, 512, width, device="meta", dtype=self.denoiser.dtype)}
+
     def image_ids(self, number: int, device: torch.device) -> torch.Tensor:
         return self.pipeline._prepare_latent_ids(torch.empty(number, 1, *self.tokens())).to(device)
 

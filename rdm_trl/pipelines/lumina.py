@@ -39,6 +39,13 @@ class Lumina2Family(PipelineFamily):
         _, _, embeds, mask = self.pipeline.encode_prompt(prompts, negative_prompt=prompts)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
+    def example_condition(self, batch_size):
+        # Its lengths are read: the mask is a real tensor.
+        embeds = torch.empty(
+            batch_size, 256, self.denoiser.config.cap_feat_dim, device="meta", dtype=self.denoiser.dtype
+        )
+        return {"prompt_embeds": embeds, "prompt_attention_mask": torch.ones(batch_size, 256, dtype=torch.bool)}
+
     def denoise(self, denoiser, x_t, timesteps, condition):
         # Its time runs from noise to image, and so does its velocity.
         return -denoiser(

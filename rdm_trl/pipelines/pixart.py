@@ -28,6 +28,11 @@ class PixArtSigmaFamily(PipelineFamily):
         )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
+    def example_condition(self, batch_size):
+        shape = batch_size, 300
+        embeds = torch.empty(*shape, self.denoiser.config.caption_channels, device="meta", dtype=self.denoiser.dtype)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": torch.ones(shape, device="meta")}
+
     def denoise(self, denoiser, x_t, timesteps, condition):
         output = denoiser(
             x_t.to(self.denoiser.dtype),

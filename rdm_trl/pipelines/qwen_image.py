@@ -45,13 +45,20 @@ class QwenImageFamily(PipelineFamily):
         lengths = [embeds.shape[1]] * len(prompts) if mask is None else mask.sum(1).tolist()
         return pad_prompts([row[:length] for row, length in zip(embeds, lengths, strict=True)])
 
+    def example_condition(self, batch_size):
+        # Its lengths are read: the mask is a real tensor, of prompts as long as they may be.
+        embeds = torch.empty(
+            batch_size, 512, self.denoiser.config.joint_attention_dim, device="meta", dtype=self.denoiser.dtype
+        )
+        return {"prompt_embeds": embeds, "prompt_attention_mask": torch.ones(batch_size, 512, dtype=torch.bool)}
+
     def denoise(self, denoiser, x_t, timesteps, condition):
         mask, multiple, dtype = condition["prompt_attention_mask"], self.size_multiple(), self.denoiser.dtype
         longest = mask.sum(1).max()
         return denoiser(
             hidden_states=x_t.to(dtype),
             timestep=timesteps.to(dtype) / 1000,  # as the pipeline rounds it
-            encoder_hidden_states_mask=mask[:, :longest],
+            encoder_hidden_states_mask=mask[:, :longest].to(x_t.device),
             encoder_hidden_states=condition["prompt_embeds"][:, :longest],
             img_shapes=[[(1, self.height // multiple, self.width // multiple)]] * len(x_t),
         )

@@ -31,6 +31,13 @@ class ZImageFamily(PipelineFamily):
         embeds, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
         return pad_prompts(embeds)
 
+    def example_condition(self, batch_size):
+        # Its lengths are read: the mask is a real tensor, of prompts as long as they may be.
+        embeds = torch.empty(
+            batch_size, 512, self.denoiser.config.cap_feat_dim, device="meta", dtype=self.denoiser.dtype
+        )
+        return {"prompt_embeds": embeds, "prompt_attention_mask": torch.ones(batch_size, 512, dtype=torch.bool)}
+
     def denoise(self, denoiser, x_t, timesteps, condition):
         lengths = condition["prompt_attention_mask"].sum(1).tolist()
         embeds = [row[:length] for row, length in zip(condition["prompt_embeds"], lengths, strict=True)]
