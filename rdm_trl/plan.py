@@ -2,7 +2,8 @@
 """How much memory a run needs, from the configuration files of a pipeline alone: no weight is read."""
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -166,36 +167,50 @@ def memory_of(
     return Memory(denoiser, others, adapters, saved_activations(family, roles, batch_size))
 
 
+def choose(load: Callable[[], DiffusionPipeline], gpu_memory: float, **options) -> tuple[Memory, dict, bool]:
+    """
+    The first settings that fit, from fast to frugal; what they need; and whether they do fit, the last ones may not.
+
+    Args:
+        load (`Callable`): gives the pipeline without its weights, a new one each time.
+        gpu_memory (`float`): of the device, in GiB.
+        **options: `lora_r`, `height` and `width` of `memory_of`.
+    """
+    with_four = {checkpointing: memory_of(load(), 4, checkpointing, **options) for checkpointing in (False, True)}
+    encoders = size_of(*family_of(load()).encoders())
+    # Encoders are moved only where nothing else helps.
+    for offload, batch_size, checkpointing in product((False, True), (32, 16, 8, 4), (False, True)):
+        four = with_four[checkpointing]
+        others, activations = four.others - encoders * offload, four.activations * batch_size // 4
+        memory = replace(four, others=others, activations=activations)
+        if fits := memory.total <= gpu_memory * GIB:
+            break
+    settings = {
+        "per_device_train_batch_size": batch_size,
+        "num_generations": 4,
+        "gradient_accumulation_steps": 32 // batch_size,
+        "activation_checkpointing": checkpointing,
+        "offload_encoders": offload,
+        "bf16": True,
+    }
+    return memory, settings, fits
+
+
 def plan(model: str, gpu_memory: float, **options) -> str:
     """
     The settings that would fit, and what they need, as text.
 
     Args:
         model (`str`): folder or Hub id of a pipeline.
-        gpu_memory (`float`): of the device, in GiB.
-        **options: `lora_r`, `height` and `width` of `memory_of`.
+        gpu_memory, **options: of `choose`.
     """
-    # The first that fits: encoders are moved only where nothing else helps.
-    choices = product((False, True), (32, 16, 8, 4), (False, True))
-    for offload, batch_size, checkpointing in choices:
-        memory = memory_of(load_without_weights(model), batch_size, checkpointing, offload, **options)
-        if memory.total <= gpu_memory * GIB:
-            break
+    memory, settings, fits = choose(lambda: load_without_weights(model), gpu_memory, **options)
     lines = [f"{name:<40}{size / GIB:8.2f} GiB" for name, size in memory.rows().items()]
-    if memory.total > gpu_memory * GIB:
-        return "\n".join(
-            [
-                *lines,
-                f"\nDoes not fit in {gpu_memory:g} GiB with {batch_size} images a step. Take a quantized base "
-                "(`quantization_config` of diffusers), fewer pixels, or a larger device.",
-            ]
+    if fits:
+        lines += ["", *(f"{name}: {str(value).lower()}" for name, value in settings.items())]
+    else:
+        lines.append(
+            f"\nDoes not fit in {gpu_memory:g} GiB with {settings['per_device_train_batch_size']} images a step. Take "
+            "a quantized base (`quantization_config` of diffusers), fewer pixels, or a larger device."
         )
-    settings = {
-        "per_device_train_batch_size": batch_size,
-        "num_generations": 4,
-        "gradient_accumulation_steps": 32 // batch_size,
-        "activation_checkpointing": str(checkpointing).lower(),
-        "offload_encoders": str(offload).lower(),
-        "bf16": "true",
-    }
-    return "\n".join([*lines, "", *(f"{name}: {value}" for name, value in settings.items())])
+    return "\n".join(lines)

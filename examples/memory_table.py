@@ -1,0 +1,188 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+# /// script
+# dependencies = ["rdm_trl"]
+# ///
+"""
+What `rdm-trl plan` says of well-known models, without their files: the architectures are typed in here, from the
+models' published configurations. Prints the table of docs/recipes.md. An estimate, not run on a GPU.
+
+python examples/memory_table.py
+"""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from tqdm import tqdm
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
+from transformers.utils import logging
+
+from rdm_trl.demo import DEMO_PIPELINE
+from rdm_trl.pipelines import family_of
+from rdm_trl.plan import GIB, choose
+
+
+CARDS = (24, 48, 80)
+# Only the number of tokens matters, to which every tokenizer pads.
+TOKENIZER = CLIPTokenizer.from_pretrained(DEMO_PIPELINE, subfolder="tokenizer")
+
+
+def clip(width: int, num_layers: int, num_heads: int, cls=CLIPTextModelWithProjection):
+    sizes = dict(hidden_size=width, intermediate_size=4 * width, projection_dim=width)
+    return cls(CLIPTextConfig(num_hidden_layers=num_layers, num_attention_heads=num_heads, **sizes))
+
+
+def t5_xxl() -> T5EncoderModel:
+    sizes = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    return T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **sizes))
+
+
+def vae(latent_channels: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=latent_channels,
+        shift_factor=0.1,
+    )
+
+
+def sd15() -> DiffusionPipeline:
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    rest = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return StableDiffusionPipeline(
+        vae(4),
+        clip(768, 12, 12, CLIPTextModel),
+        TOKENIZER,
+        unet,
+        DDIMScheduler(steps_offset=1, clip_sample=False),
+        **rest,
+    )
+
+
+def sdxl() -> DiffusionPipeline:
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    encoders = clip(768, 12, 12, CLIPTextModel), clip(1280, 32, 20)
+    return StableDiffusionXLPipeline(
+        vae(4), *encoders, TOKENIZER, TOKENIZER, unet, DDIMScheduler(steps_offset=1, clip_sample=False)
+    )
+
+
+def sd35_medium() -> DiffusionPipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=128,
+        num_layers=24,
+        num_attention_heads=24,
+        caption_projection_dim=1536,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )
+    text = clip(768, 12, 12), TOKENIZER, clip(1280, 32, 20), TOKENIZER, t5_xxl(), TOKENIZER
+    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae(16), *text)
+
+
+def flux1_dev() -> DiffusionPipeline:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    text = clip(768, 12, 12, CLIPTextModel), TOKENIZER, t5_xxl(), TOKENIZER
+    return FluxPipeline(scheduler, vae(16), *text, FluxTransformer2DModel(guidance_embeds=True))
+
+
+def z_image() -> DiffusionPipeline:
+    sizes = dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, head_dim=128, vocab_size=151936)
+    text = Qwen3Model(Qwen3Config(num_attention_heads=32, num_key_value_heads=8, **sizes))
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return ZImagePipeline(scheduler, vae(16), text, TOKENIZER, ZImageTransformer2DModel())
+
+
+def qwen_image() -> DiffusionPipeline:
+    sizes = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, vocab_size=152064)
+    text = dict(num_attention_heads=28, num_key_value_heads=4, **sizes)
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, out_hidden_size=3584)
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return QwenImagePipeline(scheduler, AutoencoderKLQwenImage(), encoder, TOKENIZER, QwenImageTransformer2DModel())
+
+
+MODELS = {
+    "Stable Diffusion 1.5": sd15,
+    "Stable Diffusion XL": sdxl,
+    "Stable Diffusion 3.5 medium": sd35_medium,
+    "FLUX.1-dev": flux1_dev,
+    "Z-Image": z_image,
+    "Qwen-Image": qwen_image,
+}
+
+
+def without_weights(make) -> DiffusionPipeline:
+    with torch.device("meta"):
+        pipeline = make()
+    return pipeline.to(dtype=torch.bfloat16)
+
+
+def billions(*modules: torch.nn.Module) -> float:
+    return sum(p.numel() for module in modules for p in module.parameters()) / 1e9
+
+
+def main():
+    logging.set_verbosity_error()
+    lines = ["| model | denoiser | encoders | " + " | ".join(f"{card} GiB" for card in CARDS) + " |", "|---" * 6 + "|"]
+    for name, make in tqdm(MODELS.items(), desc="models"):
+        family = family_of(without_weights(make))
+        cells = [name, f"{billions(family.denoiser):.2f} B", f"{billions(*family.encoders()):.2f} B"]
+        for card in CARDS:
+            memory, settings, fits = choose(lambda make=make: without_weights(make), card)
+            extras = ["checkpointing"] * settings["activation_checkpointing"] + ["offload"] * settings[
+                "offload_encoders"
+            ]
+            need = f"{memory.total / GIB:.1f}"
+            cells.append(
+                f"{need}: {', '.join([str(settings['per_device_train_batch_size']), *extras])}"
+                if fits
+                else f"no ({need})"
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
