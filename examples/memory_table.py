@@ -45,7 +45,7 @@ from transformers.utils import logging
 
 from rdm_trl.demo import DEMO_PIPELINE
 from rdm_trl.pipelines import family_of
-from rdm_trl.plan import GIB, choose
+from rdm_trl.plan import GIB, choose, tensors_of
 
 
 CARDS = (24, 48, 80)
@@ -160,7 +160,7 @@ def without_weights(make) -> DiffusionPipeline:
 
 
 def billions(*modules: torch.nn.Module) -> float:
-    return sum(p.numel() for module in modules for p in module.parameters()) / 1e9
+    return sum(tensor.numel() for tensor in tensors_of(*modules)) / 1e9
 
 
 def main():

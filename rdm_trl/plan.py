@@ -89,8 +89,14 @@ def load_without_weights(model: str, dtype: torch.dtype = torch.bfloat16) -> Dif
     return getattr(diffusers, index["_class_name"])(**components, **settings)
 
 
+def tensors_of(*modules: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers of floating point: tables of positions may be as large as a network's layers."""
+    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
+
+
 def size_of(*modules: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(*modules))
 
 
 class FlashAttention(torch.autograd.Function):
