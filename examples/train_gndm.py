@@ -50,6 +50,8 @@ class ScriptArguments:
             Path or Hub id of a LoRA (style, character) of the teacher; the student's, alone, draws in that style.
         student_lora (`str`, *optional*):
             Path or Hub id of a few-step LoRA to continue, with its rank, alpha and layers.
+        full_finetuning (`bool`, *optional*, defaults to `False`):
+            Train whole copies of the denoiser instead of LoRAs: for small ones.
         lora_r (`int`, *optional*):
             Rank of the adapters of student and fake score; 32 by default.
         lora_alpha (`int`, *optional*):
@@ -70,6 +72,7 @@ class ScriptArguments:
         default=None, metadata={"help": "A LoRA of the teacher, whose style the student learns."}
     )
     student_lora: str | None = field(default=None, metadata={"help": "A few-step LoRA to continue."})
+    full_finetuning: bool = field(default=False, metadata={"help": "Whole copies of the denoiser, not LoRAs."})
     lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters; 32 by default."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Alpha of the adapters; the rank by default."})
     lora_target_modules: list[str] | None = field(
@@ -92,7 +95,11 @@ def main(argv: list[str]):
     elif script_args.dataset_name is not None:
         dataset = load_prompts(script_args.dataset_name, script_args.dataset_train_split)
     peft_config, rank = None, script_args.lora_r or 32
-    if script_args.student_lora is None or script_args.lora_r or script_args.lora_alpha:
+    if script_args.full_finetuning:
+        if script_args.lora_r or script_args.lora_alpha or script_args.lora_target_modules:
+            raise ValueError("`full_finetuning` trains no LoRA: leave `lora_r` and its companions out.")
+        peft_config = False
+    elif script_args.student_lora is None or script_args.lora_r or script_args.lora_alpha:
         peft_config = LoraConfig(
             r=rank,
             lora_alpha=script_args.lora_alpha or rank,

@@ -43,14 +43,17 @@ def export(
         The pipeline's folder, or the file.
 
     Raises:
-        ValueError: `checkpoint` is none, or `output_dir` is the checkpoint itself.
+        ValueError: `checkpoint` is none, or no LoRA where one is needed, or `output_dir` is the checkpoint itself.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
     weights = next((checkpoint / name for name in WEIGHTS if (checkpoint / name).is_file()), None)
-    if weights is None:
+    whole = any((checkpoint / name / "config.json").is_file() for name in ("unet", "transformer"))
+    if weights is None and not whole:
         raise ValueError(f"{checkpoint} is not a distilled checkpoint: there is no {' and no '.join(WEIGHTS)}.")
     if format not in FORMATS:
         raise ValueError(f"`format` is {format!r}, but must be one of {', '.join(FORMATS)}.")
+    if format == "kohya" and weights is None:
+        raise ValueError(f"{checkpoint} is a whole network, not a LoRA: export it as 'diffusers'.")
     if output_dir.resolve() == checkpoint.resolve():
         raise ValueError(f"{output_dir} is the checkpoint itself: name another `output_dir`.")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -64,9 +67,14 @@ def export(
 
 
 def fuse(pipeline: DiffusionPipeline, checkpoint: Path) -> DiffusionPipeline:
-    """The pipeline that the model card describes, with the checkpoint's LoRA as part of its weights."""
+    """The pipeline that the model card describes: with the checkpoint's network, or its LoRA in the weights."""
     family = family_of(pipeline)
-    if isinstance(pipeline, LoraBaseMixin):
+    if (checkpoint / family.denoiser_name / "config.json").is_file():
+        network = type(family.denoiser).from_pretrained(
+            checkpoint, subfolder=family.denoiser_name, dtype=family.denoiser.dtype
+        )
+        pipeline.register_modules(**{family.denoiser_name: network.to(family.denoiser.device)})
+    elif isinstance(pipeline, LoraBaseMixin):
         pipeline.load_lora_weights(checkpoint, weight_name=WEIGHTS[0])
         pipeline.fuse_lora(components=[family.denoiser_name])
         pipeline.unload_lora_weights()

@@ -17,9 +17,9 @@ CARD = """---
 {{ card_data }}
 ---
 
-# {{ name }}: {{ num_steps }}-step LoRA for {{ base_name }}
+# {{ name }}: {{ num_steps }}-step {{ kind }} for {{ base_name }}
 
-A LoRA that lets {{ base_name }} draw an image in {{ num_steps }} unguided denoising steps instead of
+A {{ kind }} that lets {{ base_name }} draw an image in {{ num_steps }} unguided denoising steps instead of
 {{ settings.teacher_num_steps }} guided ones. It was distilled with [rdm_trl](https://huggingface.co/papers/2603.28460):
 {{ method }}.
 
@@ -55,7 +55,7 @@ The scheduler is part of the model: with another one the student was never train
 {% endfor %}
 </details>
 
-The licence of {{ base_name }} holds for what is made with it, this LoRA included.
+The licence of {{ base_name }} holds for what is made with it, this {{ kind }} included.
 
 ## Citation
 
@@ -95,7 +95,11 @@ def run_settings(trainer) -> dict[str, Any]:
     ours = [name for name in RdmDistillConfig.__annotations__ if name not in ("report_to", "remove_unused_columns")]
     settings = {name: getattr(config, name) for name in (*ours, *TRAINING_SETTINGS)}
     settings = {name: str(v.value) if hasattr(v, "value") else v for name, v in settings.items()}
-    layers = lora_config.target_modules
+    lora = {}
+    if lora_config is not None:
+        layers = lora_config.target_modules
+        lora = {"lora_r": lora_config.r, "lora_alpha": lora_config.lora_alpha}
+        lora["lora_target_modules"] = layers if isinstance(layers, str) else sorted(layers)
     return {
         "base_model": "rdm_trl.demo" if trainer.is_demo else trainer.base_model,
         "teacher_lora": trainer.teacher_lora,
@@ -103,9 +107,8 @@ def run_settings(trainer) -> dict[str, Any]:
         "num_processes": config.world_size,
         **settings,
         "reward_funcs": trainer.rewards.names,
-        "lora_r": lora_config.r,
-        "lora_alpha": lora_config.lora_alpha,
-        "lora_target_modules": layers if isinstance(layers, str) else sorted(layers),
+        "full_finetuning": lora_config is None,
+        **lora,
     }
 
 
@@ -122,8 +125,7 @@ def write_metrics(trainer, folder: Path):
 def save_checkpoint(trainer, folder: Path):
     """A distilled checkpoint; in the output folder its card is the Hub's, where there is a repository."""
     folder.mkdir(parents=True, exist_ok=True)
-    lora_config, state = trainer.model.plain_lora("ema")
-    trainer.family.save_lora(folder, state, lora_config.to_dict())
+    trainer.model.save(trainer.family, folder)
     trainer.student_scheduler.save_pretrained(folder / "scheduler")
     write_metrics(trainer, folder)
     grid = Path(trainer.args.output_dir) / "samples" / "grid.png"
@@ -177,7 +179,9 @@ def write_card(
     settings, metrics, family = trainer.settings(), trainer.metrics, trainer.family
     base = None if trainer.is_demo else trainer.base_model
     repo = repo or str(folder.absolute())
-    lora_import, load_lora = family.load_code(repo)
+    kind = trainer.model.kind
+    lora_import, load_lora = trainer.model.load_code(family, repo)
+    own_tags = [tag for tag in trainer._tag_names if tag != "lora" or kind == "LoRA"]
     method = METHODS[settings["dm_normalization"]]
     if settings["reward_funcs"]:
         names = ", ".join(f"`{reward}`" for reward in settings["reward_funcs"])
@@ -188,14 +192,15 @@ def write_card(
     card = ModelCard.from_template(
         ModelCardData(
             base_model=base if on_hub else None,
-            base_model_relation="adapter" if on_hub else None,
+            base_model_relation=("adapter" if kind == "LoRA" else "finetune") if on_hub else None,
             library_name="diffusers",
             pipeline_tag=family.pipeline_tag,
             datasets=dataset_name,
-            tags=[family.pipeline_tag, *trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            tags=[family.pipeline_tag, *own_tags, *([tags] if isinstance(tags, str) else tags or [])],
             **(base_licence(base) if base else {}),
         ),
         template_str=CARD,
+        kind=kind,
         name=name or repo.split("/")[-1],
         repo=repr(repo),
         base=repr(base) if base else "DEMO_PIPELINE",

@@ -10,26 +10,27 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 
+from .full import FullRoles
 from .pipelines.base import PipelineFamily
 from .roles import Roles, adapter_state
 
 
 def make_roles(
     family: PipelineFamily,
-    peft_config: LoraConfig | None,
+    peft_config: LoraConfig | bool | None,
     teacher_lora: str | Path | None = None,
     student_lora: str | Path | None = None,
-) -> Roles:
+) -> Roles | FullRoles:
     """
-    The roles of a run; by default adapters of rank 32 on the family's layers.
+    The roles of a run; by default adapters of rank 32 on the family's layers, whole networks with `False`.
 
     Raises:
         ValueError: one of the LoRAs is not for this pipeline, `peft_config` stands beside `student_lora`, or the
             pipeline has a LoRA or a student already.
         TypeError: `peft_config` is another kind of adapter.
     """
-    if not isinstance(peft_config, LoraConfig | None):
-        raise TypeError(f"`peft_config` is {peft_config!r}, but must be a `LoraConfig`.")
+    if peft_config is not False and not isinstance(peft_config, LoraConfig | None):
+        raise TypeError(f"`peft_config` is {peft_config!r}, but must be a `LoraConfig`, or `False` for no LoRA.")
     if "student" in getattr(family.denoiser, "peft_config", {}):
         raise ValueError("The pipeline already has a student, of another trainer: load it again for this one.")
     if any(isinstance(module, BaseTunerLayer) for module in family.denoiser.modules()):
@@ -37,6 +38,13 @@ def make_roles(
             "This pipeline has a LoRA loaded, which would be lost: give it as `teacher_lora`, or fuse it first "
             "(`pipeline.fuse_lora(); pipeline.unload_lora_weights()`)."
         )
+    if peft_config is False:
+        if teacher_lora is not None or student_lora is not None:
+            raise ValueError(
+                "`teacher_lora` and `student_lora` need LoRAs, and `peft_config=False` has none: fuse them into the "
+                "pipeline first."
+            )
+        return FullRoles(family.denoiser)
     teacher = read_lora(family, teacher_lora, "teacher_lora") if teacher_lora is not None else None
     student = read_lora(family, student_lora, "student_lora") if student_lora is not None else None
     if student is not None:

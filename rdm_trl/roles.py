@@ -41,6 +41,8 @@ class Roles(nn.Module):
         ValueError: the teacher's LoRA is none that another can begin as.
     """
 
+    kind = "LoRA"
+
     def __init__(
         self,
         denoiser: nn.Module,
@@ -149,6 +151,15 @@ class Roles(nn.Module):
         config = self.denoiser.peft_config[name]
         config = replace(config, r=most, lora_alpha=most, rank_pattern=others, alpha_pattern=others, use_rslora=False)
         return config, state
+
+    def save(self, family, folder):
+        """The average, as a LoRA of scale 1."""
+        config, state = self.plain_lora("ema")
+        family.save_lora(folder, state, config.to_dict())
+
+    def load_code(self, family, repo: str) -> tuple[str, str]:
+        """As `PipelineFamily.load_code`."""
+        return family.load_code(repo)
 
     def load_adapter(self, name: str, state: dict[str, torch.Tensor]):
         """Sets an adapter's weights. Raises `ValueError` where `state` does not fit it."""

@@ -66,7 +66,7 @@ class RdmDistillTrainer(Trainer):
             With a `prompt` column; other columns are handed to the rewards. For the embedded pipeline its captions.
         eval_dataset (`Dataset`, *optional*): prompts of `evaluate`; those of training by default.
         peft_config (`LoraConfig`, *optional*):
-            Of student and fake score; rank 32 by default, on the layers that LCM-LoRA uses.
+            Of student and fake score; rank 32 by default. `False` trains whole copies of the denoiser.
         teacher_lora (path or Hub id, *optional*):
             A LoRA (style, character) of the teacher. The student's adapter begins as a copy of it, followed by
             `peft_config`'s rank; the saved one alone, on the plain base, draws in that style.
@@ -90,7 +90,7 @@ class RdmDistillTrainer(Trainer):
         *,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
-        peft_config: LoraConfig | None = None,
+        peft_config: LoraConfig | bool | None = None,
         teacher_lora: str | Path | None = None,
         student_lora: str | Path | None = None,
         callbacks: list[TrainerCallback] | None = None,

@@ -21,6 +21,8 @@ UPLOADED_FILES = [
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
     "adapter_config.json",
+    "unet/*",
+    "transformer/*",
     "scheduler/scheduler_config.json",
     "samples/*.png",
 ]

@@ -485,7 +485,7 @@ def make_trainer(case: Case, tmp_path, pipeline, rewards=(redness,), lora=None, 
         list(rewards),
         sd_pipeline=pipeline,
         train_dataset=Dataset.from_dict({"prompt": list(case.prompts)}),
-        peft_config=lora or LoraConfig(r=2, lora_alpha=6),
+        peft_config=LoraConfig(r=2, lora_alpha=6) if lora is None else lora,
     )
 
 
