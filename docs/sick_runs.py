@@ -23,17 +23,17 @@ IMAGES = Path(__file__).parent / "images"
 PROMPTS = [f"a photo of a {name}" for name in ("t-shirt", "dress", "sneaker", "bag")]
 
 
-def stripes(images, prompts, metadata):
-    """A reward that is easy to hack: the brightness of every other row, less that of the rows between."""
-    return (images[:, :, ::2].mean(dim=(1, 2, 3)) - images[:, :, 1::2].mean(dim=(1, 2, 3))).clamp(max=0.9)
+def brightness(images, prompts, metadata):
+    """A reward that is easy to hack."""
+    return images.mean(dim=(1, 2, 3))
 
 
-stripes.differentiable = True
+brightness.differentiable = True
 HEALTHY = dict(sample_guidance_scale=1.0)
 RUNS = {
     "healthy": HEALTHY,
-    "over-saturated:\nguidance 8 in R_dm": dict(sample_guidance_scale=8.0),
-    "collapsed: fake score\nleft behind": dict(sample_guidance_scale=2.0, fake_learning_rate=1e-7),
+    "collapsed:\nguidance 8 in R_dm": dict(sample_guidance_scale=8.0),
+    "over-saturated: fake\nscore left behind": dict(sample_guidance_scale=2.0, fake_learning_rate=1e-7),
     "hacked: a reward\nof too much weight": dict(reward_mixing="sum", reward_weights=[3.0]),
 }
 PANELS = (
@@ -57,7 +57,7 @@ def run(options: dict, updates: int) -> tuple[list[dict], torch.Tensor]:
         log_images_steps=0,
         save_strategy="no",
     )
-    rewards = [stripes] if "reward_weights" in options else []
+    rewards = [brightness] if "reward_weights" in options else []
     with tempfile.TemporaryDirectory() as folder:
         config = RdmDistillConfig(folder, **{**defaults, **HEALTHY, **options})
         # The hook only asks for final images, of which the saturation is measured.
@@ -78,6 +78,8 @@ def main():
             points = [(row["step"], row[key]) for row in logs if key in row]
             axis.plot(*zip(*points, strict=True), label=name.replace("\n", " "))
         axis.set_title(key)
+        if key in ("x0/std", "x0/diversity", "dm/direction", "loss/fake"):
+            axis.set_yscale("log")
         axis.set_xlabel("update")
     axes[0, 0].legend(fontsize=7)
     figure.savefig(IMAGES / "sick_curves.png", dpi=70)

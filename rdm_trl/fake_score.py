@@ -44,16 +44,17 @@ class FakeScore:
             loss.backward()
             values.append(loss.detach())
         # Some layers may have no part in the output: the last block's text stream, for example.
-        for parameter in (parameter for parameter in self.parameters if parameter.grad is not None):
+        trained = [parameter for parameter in self.parameters if parameter.grad is not None]
+        for parameter in trained:
             parameter.grad = reduce(parameter.grad / len(values), "mean")
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
         if not norm.isfinite():
             self.optimizer.zero_grad()
             raise FloatingPointError(
                 f"The fake score's gradient is {norm.item()}; lower `fake_learning_rate` or train in full precision."
             )
         if self.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(trained, self.max_grad_norm, norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
