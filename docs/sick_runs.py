@@ -68,7 +68,7 @@ def run(options: dict, updates: int) -> tuple[list[dict], torch.Tensor]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=120)
+    parser.add_argument("--updates", type=int, default=80)
     args = parser.parse_args()
     runs = {name: run(options, args.updates) for name, options in RUNS.items()}
 
