@@ -171,15 +171,10 @@ def main():
         cells = [name, f"{billions(family.denoiser):.2f} B", f"{billions(*family.encoders()):.2f} B"]
         for card in CARDS:
             memory, settings, fits = choose(lambda make=make: without_weights(make), card)
-            extras = ["checkpointing"] * settings["activation_checkpointing"] + ["offload"] * settings[
-                "offload_encoders"
-            ]
+            names = {"activation_checkpointing": "checkpointing", "offload_encoders": "offload"}
+            chosen = [str(settings["per_device_train_batch_size"]), *(v for k, v in names.items() if settings[k])]
             need = f"{memory.total / GIB:.1f}"
-            cells.append(
-                f"{need}: {', '.join([str(settings['per_device_train_batch_size']), *extras])}"
-                if fits
-                else f"no ({need})"
-            )
+            cells.append(f"{need}: {', '.join(chosen)}" if fits else f"no ({need})")
         lines.append("| " + " | ".join(cells) + " |")
     print("\n".join(lines))
 

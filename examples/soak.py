@@ -98,6 +98,8 @@ def main():
     plot(callback.records, trainer.rewards.names, args.output_dir / "soak.png")
     memory = [record["memory"] for record in callback.records if record["step"] > args.updates // 10]
     print(f"memory behind the first tenth: {min(memory):.0f} to {max(memory):.0f} MiB")
+    divergence = [r["dm/kl"] for r in callback.records if "dm/kl" in r and r["step"] > args.updates // 4]
+    print(f"estimated divergence behind the first quarter: {sum(divergence) / len(divergence):.5f}")
     print(args.output_dir / "soak.png")
 
 

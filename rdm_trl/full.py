@@ -2,17 +2,16 @@
 """Full fine-tuning: the roles as whole networks."""
 
 import copy
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .pipelines.base import PipelineFamily
-from .roles import ADAPTERS, TEACHER
+from .roles import ADAPTERS, TEACHER, NetworkRoles
 
 
-class FullRoles(nn.Module):
+class FullRoles(NetworkRoles):
     """
     What [`roles.Roles`] is with adapters, with a copy of the denoiser, in float32, for each of student, fake score and
     average; the teacher is the denoiser itself. Memory: four networks, and gradients and optimizer states of two.
@@ -25,7 +24,6 @@ class FullRoles(nn.Module):
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()
-        self.lora_config = None
         self.denoiser = denoiser.requires_grad_(False).eval()
         self.networks = nn.ModuleDict({name: copy.deepcopy(denoiser).float() for name in ADAPTERS})
         for parameter in self.adapter_parameters("student", "fake"):
@@ -34,27 +32,12 @@ class FullRoles(nn.Module):
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_parameters() if not name.startswith("networks.student.")
         ]
+        self._set(TEACHER)
 
-    @contextmanager
-    def use(self, role: str):
-        """Everything that calls the denoiser inside the block, a pipeline for example, meets it in this role."""
-        if role not in (TEACHER, *ADAPTERS):
-            raise ValueError(f"Unknown role {role!r}: one of {', '.join((TEACHER, *ADAPTERS))}.")
+    def _set(self, role: str):
+        self.role = role
         own = type(self.denoiser).forward.__get__(self.denoiser)
-        previous = self.denoiser.forward
         self.denoiser.forward = own if role == TEACHER else self.networks[role].forward
-        try:
-            yield
-        finally:
-            self.denoiser.forward = previous
-
-    def train(self, mode: bool = True):
-        """Dropout stays off in every role: the scores are compared with each other, and the ratio must start at 1."""
-        return super().train(False)
-
-    def forward(self, role: str, *args, **kwargs) -> torch.Tensor:
-        with self.use(role):
-            return self.denoiser(*args, **kwargs, return_dict=False)[0]
 
     def adapter_parameters(self, *names: str) -> list[nn.Parameter]:
         """Parameters of the named copies, in a fixed order."""
@@ -71,11 +54,6 @@ class FullRoles(nn.Module):
             self.networks[name].load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"These weights do not fit the network {name!r}: {error}") from error
-
-    @torch.no_grad()
-    def update_ema(self, decay: float):
-        """`ema = decay * ema + (1 - decay) * student`."""
-        torch._foreach_lerp_(self.adapter_parameters("ema"), self.adapter_parameters("student"), 1 - decay)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
         """What `transformers.Trainer` calls for `activation_checkpointing=True`."""

@@ -12,7 +12,7 @@ from peft.utils import load_peft_weights
 
 from .full import FullRoles
 from .pipelines.base import PipelineFamily
-from .roles import Roles, adapter_state
+from .roles import NetworkRoles, Roles, adapter_state
 
 
 def make_roles(
@@ -20,7 +20,7 @@ def make_roles(
     peft_config: LoraConfig | bool | None,
     teacher_lora: str | Path | None = None,
     student_lora: str | Path | None = None,
-) -> Roles | FullRoles:
+) -> NetworkRoles:
     """
     The roles of a run; by default adapters of rank 32 on the family's layers, whole networks with `False`.
 

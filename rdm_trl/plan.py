@@ -30,12 +30,14 @@ class Memory:
     Bytes on the device.
 
     Args:
-        denoiser, others: weights in bfloat16; `others` are the autoencoder and, unless they are offloaded, encoders.
+        denoiser, encoders, others: weights in bfloat16; `encoders` are 0 where they are offloaded, and `others` is the
+            autoencoder.
         adapters: student, fake score and average in float32, with the gradients and AdamW states of the first two.
         activations: what the student's forward pass keeps for its backward pass.
     """
 
     denoiser: int
+    encoders: int
     others: int
     adapters: int
     activations: int
@@ -48,7 +50,8 @@ class Memory:
         """The parts by name, and their sum with the reserve."""
         parts = {
             "denoiser": self.denoiser,
-            "text encoders, autoencoder": self.others,
+            "text encoders": self.encoders,
+            "autoencoder": self.others,
             "adapters, gradients, optimizers": self.adapters,
             "activations of the student's update": self.activations,
         }
@@ -145,7 +148,6 @@ def memory_of(
     pipeline: DiffusionPipeline,
     batch_size: int,
     activation_checkpointing: bool,
-    offload_encoders: bool = False,
     lora_r: int = 32,
     height: int | None = None,
     width: int | None = None,
@@ -154,13 +156,13 @@ def memory_of(
     Args:
         pipeline: of `load_without_weights`; it gets adapters.
         batch_size (`int`): `per_device_train_batch_size`, images.
-        activation_checkpointing, offload_encoders (`bool`): as in `RdmDistillConfig`.
+        activation_checkpointing (`bool`): as in `RdmDistillConfig`.
         height, width (`int`, *optional*): of the images in pixels.
     """
     family = family_of(pipeline, height, width)
-    denoiser = size_of(family.denoiser)
+    denoiser, encoders = size_of(family.denoiser), size_of(*family.encoders())
     models = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
-    others = size_of(*models) - denoiser - (size_of(*family.encoders()) if offload_encoders else 0)
+    others = size_of(*models) - denoiser - encoders
     with torch.device("meta"):
         roles = Roles(
             family.denoiser, LoraConfig(r=lora_r, lora_alpha=lora_r, target_modules=family.lora_target_modules)
@@ -170,7 +172,7 @@ def memory_of(
     one = (size_of(roles) - denoiser) // len(ADAPTERS)
     # Weights of all; a gradient and two moments of student and fake score.
     adapters = one * (len(ADAPTERS) + 2 * 3)
-    return Memory(denoiser, others, adapters, saved_activations(family, roles, batch_size))
+    return Memory(denoiser, encoders, others, adapters, saved_activations(family, roles, batch_size))
 
 
 def choose(load: Callable[[], DiffusionPipeline], gpu_memory: float, **options) -> tuple[Memory, dict, bool]:
@@ -183,12 +185,11 @@ def choose(load: Callable[[], DiffusionPipeline], gpu_memory: float, **options) 
         **options: `lora_r`, `height` and `width` of `memory_of`.
     """
     with_four = {checkpointing: memory_of(load(), 4, checkpointing, **options) for checkpointing in (False, True)}
-    encoders = size_of(*family_of(load()).encoders())
     # Encoders are moved only where nothing else helps.
     for offload, batch_size, checkpointing in product((False, True), (32, 16, 8, 4), (False, True)):
         four = with_four[checkpointing]
-        others, activations = four.others - encoders * offload, four.activations * batch_size // 4
-        memory = replace(four, others=others, activations=activations)
+        encoders, activations = 0 if offload else four.encoders, four.activations * batch_size // 4
+        memory = replace(four, encoders=encoders, activations=activations)
         if fits := memory.total <= gpu_memory * GIB:
             break
     settings = {

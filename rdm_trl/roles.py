@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
@@ -14,12 +15,64 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .pipelines.base import PipelineFamily
+
 
 TEACHER = "teacher"
 ADAPTERS = ("student", "fake", "ema")
 
 
-class Roles(nn.Module):
+class NetworkRoles(nn.Module):
+    """
+    One denoiser that plays every role, whatever the roles are made of: the rooms that use them know no more than this.
+
+    Calling it, `roles(role, *args, **kwargs)`, calls the denoiser in that role and returns its first output.
+
+    Attributes:
+        denoiser: the network that the pipeline holds.
+        role (`str`): what it plays now.
+        kind (`str`): what is saved, for the model card.
+        lora_config (`LoraConfig`, *optional*): of the student, where it is a LoRA.
+    """
+
+    kind: str
+    lora_config: LoraConfig | None = None
+
+    def _set(self, role: str):
+        """Makes `denoiser` play `role`, and `role` say so."""
+        raise NotImplementedError
+
+    def adapter_parameters(self, *names: str) -> list[nn.Parameter]:
+        """Parameters of the named roles, in a fixed order."""
+        raise NotImplementedError
+
+    @contextmanager
+    def use(self, role: str):
+        """Everything that calls the denoiser inside the block, a pipeline for example, meets it in this role."""
+        if role not in (TEACHER, *ADAPTERS):
+            raise ValueError(f"Unknown role {role!r}: one of {', '.join((TEACHER, *ADAPTERS))}.")
+        previous = self.role
+        self._set(role)
+        try:
+            yield
+        finally:
+            self._set(previous)
+
+    def train(self, mode: bool = True):
+        """Dropout stays off in every role: the scores are compared with each other, and the ratio must start at 1."""
+        return super().train(False)
+
+    def forward(self, role: str, *args, **kwargs) -> torch.Tensor:
+        with self.use(role):
+            return self.denoiser(*args, **kwargs, return_dict=False)[0]
+
+    @torch.no_grad()
+    def update_ema(self, decay: float):
+        """`ema = decay * ema + (1 - decay) * student`."""
+        torch._foreach_lerp_(self.adapter_parameters("ema"), self.adapter_parameters("student"), 1 - decay)
+
+
+class Roles(NetworkRoles):
     """
     Wraps a diffusers denoiser with one LoRA adapter each for the student, the fake score and the student's EMA.
 
@@ -27,8 +80,7 @@ class Roles(nn.Module):
     begin as a copy of that LoRA, followed by their own rank: each role is one adapter, and the student's alone is all
     that the base needs.
 
-    Calling it, `roles(role, *args, **kwargs)`, calls the denoiser in that role and returns its first output. Unlike
-    peft's `set_adapter` a switch of role never touches `requires_grad`, so a graph built in one role keeps its
+    Unlike peft's `set_adapter` a switch of role never touches `requires_grad`, so a graph built in one role keeps its
     gradients while other roles are evaluated, and activation checkpointing recomputes in the role of the forward pass.
 
     Args:
@@ -106,26 +158,6 @@ class Roles(nn.Module):
             if not plain:
                 layer._active_adapter = [role]
 
-    @contextmanager
-    def use(self, role: str):
-        """Everything that calls the denoiser inside the block, a pipeline for example, meets it in this role."""
-        if role not in (TEACHER, *ADAPTERS):
-            raise ValueError(f"Unknown role {role!r}: one of {', '.join((TEACHER, *ADAPTERS))}.")
-        previous = self.role
-        self._set(role)
-        try:
-            yield
-        finally:
-            self._set(previous)
-
-    def train(self, mode: bool = True):
-        """Dropout stays off in every role: the scores are compared with each other, and the ratio must start at 1."""
-        return super().train(False)
-
-    def forward(self, role: str, *args, **kwargs) -> torch.Tensor:
-        with self.use(role):
-            return self.denoiser(*args, **kwargs, return_dict=False)[0]
-
     def adapter_parameters(self, *names: str) -> list[nn.Parameter]:
         """Parameters of the named adapters, in a fixed order."""
         return [p for n, p in self.denoiser.named_parameters() if any(f".{name}." in n for name in names)]
@@ -152,12 +184,12 @@ class Roles(nn.Module):
         config = replace(config, r=most, lora_alpha=most, rank_pattern=others, alpha_pattern=others, use_rslora=False)
         return config, state
 
-    def save(self, family, folder):
+    def save(self, family: PipelineFamily, folder: Path):
         """The average, as a LoRA of scale 1."""
         config, state = self.plain_lora("ema")
         family.save_lora(folder, state, config.to_dict())
 
-    def load_code(self, family, repo: str) -> tuple[str, str]:
+    def load_code(self, family: PipelineFamily, repo: str) -> tuple[str, str]:
         """As `PipelineFamily.load_code`."""
         return family.load_code(repo)
 
@@ -172,11 +204,6 @@ class Roles(nn.Module):
                     f"{tuple(value.shape)}. Use the same LoRA rank."
                 )
         set_peft_model_state_dict(self.denoiser, state, adapter_name=name)
-
-    @torch.no_grad()
-    def update_ema(self, decay: float):
-        """`ema = decay * ema + (1 - decay) * student`."""
-        torch._foreach_lerp_(self.adapter_parameters("ema"), self.adapter_parameters("student"), 1 - decay)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
         """What `transformers.Trainer` calls for `activation_checkpointing=True`."""

@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ def test_weights_are_those_of_the_real_pipeline():
     memory = plan.memory_of(plan.load_without_weights(DEMO_PIPELINE), 4, False, lora_r=8)
     pipeline = load_demo_pipeline()
     assert memory.denoiser == 2 * sum(p.numel() for p in pipeline.unet.parameters())
-    others = [*pipeline.vae.parameters(), *pipeline.text_encoder.parameters()]
-    assert memory.others == 2 * sum(p.numel() for p in others)
+    assert memory.encoders == 2 * sum(p.numel() for p in pipeline.text_encoder.parameters())
+    assert memory.others == 2 * sum(p.numel() for p in pipeline.vae.parameters())
     family = family_of(pipeline)
     roles = Roles(family.denoiser, LoraConfig(r=8, target_modules=family.lora_target_modules))
     parameters = {name: sum(p.numel() for p in roles.adapter_parameters(name)) for name in ("student", "fake", "ema")}
@@ -91,11 +92,14 @@ def test_every_family_without_its_weights(name, tmp_path):
 
 
 def test_offloaded_encoders_do_not_count():
-    whole, without = (
-        plan.memory_of(plan.load_without_weights(DEMO_PIPELINE), 4, True, offload) for offload in (False, True)
-    )
+    memory = plan.memory_of(plan.load_without_weights(DEMO_PIPELINE), 4, True)
     encoder = load_demo_pipeline().text_encoder
-    assert whole.others - without.others == 2 * sum(p.numel() for p in encoder.parameters())
+    assert memory.encoders == 2 * sum(p.numel() for p in encoder.parameters())
+    # A device on which all but the encoders fits.
+    enough = replace(memory, encoders=0).total + memory.encoders // 2
+    found, settings, fits = plan.choose(lambda: plan.load_without_weights(DEMO_PIPELINE), enough / plan.GIB)
+    assert fits and settings["offload_encoders"] and settings["per_device_train_batch_size"] == 4
+    assert found.total == replace(memory, encoders=0).total
 
 
 def test_plan_picks_what_fits(tmp_path, capsys):
