@@ -1,4 +1,7 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -8,6 +11,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer
 from rdm_trl.demo import DEMO_PIPELINE
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def load_script(path: str):
+    """A file of the repository that is no module of the package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:

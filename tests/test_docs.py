@@ -2,7 +2,6 @@
 """README and docs: their code runs as printed, and they name what there is, all of it and nothing else."""
 
 import ast
-import importlib.util
 import json
 import re
 import subprocess
@@ -10,13 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import logs_of, make_config, make_trainer, redness
+from conftest import ROOT, load_script, logs_of, make_config, make_trainer, redness
 from PIL import Image
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer
 
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A block that cannot run says why in a comment above it.
 BLOCK = re.compile(r"(?:^<!-- not run: (.+?) -->\n)?^```python\n(.*?)^```", re.M | re.S)
@@ -25,13 +23,6 @@ PRELUDES = {
     "families.md": "import torch\nfrom diffusers import StableDiffusionPipeline as MyPipeline\n"
     "from rdm_trl.pipelines.base import *\n"
 }
-
-
-def load(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def python_blocks(page: Path) -> list[tuple[str, str]]:
@@ -98,7 +89,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
 
 
 def test_options_page_lists_every_option_and_its_default():
-    hooks, script = load("docs/hooks.py"), load("examples/train_gndm.py")
+    hooks, script = load_script("docs/hooks.py"), load_script("examples/train_gndm.py")
     page, tables = (ROOT / "docs" / "options.md").read_text(), hooks.option_tables()
     listed = {}
     for names, default in re.findall(r"^\| (`.+?`) \| `.+?` \| (.+?) \|", tables, re.M):

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig
 from safetensors.torch import load_file
-from test_families import CASES, make
+from tiny_pipelines import CASES, make
 
 from rdm_trl.cli import main
 from rdm_trl.export import export

@@ -7,8 +7,7 @@ import pytest
 import torch
 from conftest import PROMPTS, make_tiny_pipeline, make_trainer
 from diffusers import DiffusionPipeline
-from test_families import CASES, make, rollout_of, run_card
-from test_families import make_trainer as make_family_trainer
+from tiny_pipelines import CASES, make, make_family_trainer, rollout_of, run_card
 
 from rdm_trl.export import export
 from rdm_trl.full import FullRoles

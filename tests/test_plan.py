@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_tiny_pipeline
 from peft import LoraConfig
-from test_families import CASES, make
+from tiny_pipelines import CASES, make
 
 from rdm_trl import plan
 from rdm_trl.cli import main

@@ -2,7 +2,7 @@
 """The configs are read by the script as they are, and the table's architectures are those of the models."""
 
 import pytest
-from e2e.test_train_gndm import ROOT, load_example
+from conftest import ROOT, load_script
 
 from rdm_trl import RdmDistillConfig
 from rdm_trl._trl import make_parser
@@ -24,7 +24,7 @@ SIZES = {
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configs(path, tmp_path):
-    parser = make_parser(load_example().ScriptArguments, RdmDistillConfig)
+    parser = make_parser(load_script("examples/train_gndm.py").ScriptArguments, RdmDistillConfig)
     script, config = parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu"])
     assert config.num_generations == 4
     if script.model_name_or_path is not None:
@@ -37,6 +37,6 @@ def test_configs(path, tmp_path):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_architectures(name):
-    table = load_example("memory_table")
+    table = load_script("examples/memory_table.py")
     pipeline = table.without_weights(getattr(table, name))
     assert table.billions(family_of(pipeline).denoiser) == pytest.approx(SIZES[name], rel=0.03)

@@ -1,29 +1,24 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """The example script, run as a user runs it, on the embedded teacher."""
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, load_script
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer
 from rdm_trl.demo import DEMO_PROMPTS
 
 
-ROOT = Path(__file__).parents[2]
 SHORT = "--max_steps 2 --num_eval_images 8 --teacher_num_steps 2 --log_images_steps 0 --use_cpu".split()
 
 
 def load_example(name: str = "train_gndm"):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(f"examples/{name}.py")
 
 
 def test_a_minute_of_training_brings_the_student_nearer_to_teacher_and_data(tmp_path):
