@@ -205,6 +205,17 @@ def matched(results: dict, methods: list[str], seeds: list[int]) -> str:
     return "\n".join(lines)
 
 
+def budgets(results: dict, methods: list[str], seeds: list[int]) -> str:
+    """The mean estimate of the divergence that constrained runs ended up with, behind a first quarter of readings."""
+    lines = ["| | seed | budget | estimate |", "|---|---|---|---|"]
+    for method in (method for method in methods if method.startswith("constrained")):
+        for seed in seeds:
+            readings = [point["kl"] for point in results[f"{method}-{seed}"]["curve"]]
+            estimate = np.mean(readings[len(readings) // 4 :])
+            lines.append(f"| {method} | {seed} | {options_of(method)['target_dm']} | {estimate:.5f} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def plot_curves(results: dict, methods: list[str], seeds: list[int], path: Path):
     panels = [("step", "fid"), ("step", "fid_teacher"), ("rollouts", "fid_teacher")]
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4))
@@ -290,6 +301,7 @@ def main():
     text = table(results, methods, args.seeds, [*FIGURES, *(f"reward/{name}" for name in rewards)])
     if rewards:
         text += "\n\n" + matched(results, methods, args.seeds)
+        text += "\n\n" + budgets(results, methods, args.seeds)
         plot_trade_offs(results, methods, args.seeds, args.output_dir / "trade_offs.png")
     note = f"{options['max_steps']} updates, seeds {args.seeds}, {args.num_images} images, {evaluation.machine()}."
     (args.output_dir / "table.md").write_text(f"{text}\n\n{note}\n")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from tqdm import tqdm
 
 from rdm_trl.callbacks import comparison_grid
 from rdm_trl.demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge
@@ -49,13 +48,9 @@ def sample(pipeline, settings: dict, steps: int, scale: float | None, prompts: l
     if scale is None:
         family.make_student_scheduler(steps, settings["sample_sigmas"], settings["sample_timesteps"])
         family.student_scheduler = scheduler  # the saved one; the grid of the user's own is the call's
-    images = []
-    for i, start in enumerate(tqdm(range(0, len(prompts), args.batch_size), desc=name)):
-        chunk = prompts[start : start + args.batch_size]
-        generator = torch.Generator().manual_seed(args.seed + i)
-        guidance = family.student_guidance_scale if scale is None else scale
-        images.append(family.sample(scheduler, chunk, steps, guidance, settings["negative_prompts"], generator))
-    return torch.cat(images)
+    guidance = family.student_guidance_scale if scale is None else scale
+    rest = settings["negative_prompts"], args.seed, args.batch_size, name
+    return family.sample_in_batches(scheduler, prompts, steps, guidance, *rest)
 
 
 def main():

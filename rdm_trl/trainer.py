@@ -13,7 +13,6 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch.utils.data import Sampler
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, get_scheduler
 
 from . import checkpoint, evaluation, losses, matching, policy
@@ -458,16 +457,10 @@ class RdmDistillTrainer(Trainer):
             "base": ("teacher", base_scheduler, args.sample_num_steps, unguided),
             "student": ("ema", self.student_scheduler, args.sample_num_steps, unguided),
         }[who]
-        batches = range(0, len(prompts), args.per_device_eval_batch_size)
-        images = []
-        for i, start in enumerate(tqdm(batches, desc=description, disable=description is None or args.disable_tqdm)):
-            generator = torch.Generator().manual_seed((args.seed if seed is None else seed) + i)
-            chunk = prompts[start : start + args.per_device_eval_batch_size]
-            with self.model.use(role), self.accelerator.autocast():
-                images.append(
-                    self.family.sample(scheduler, chunk, num_steps, guidance_scale, args.negative_prompts, generator)
-                )
-        return torch.cat(images)
+        seed = args.seed if seed is None else seed
+        rest = args.negative_prompts, seed, args.per_device_eval_batch_size, None if args.disable_tqdm else description
+        with self.model.use(role), self.accelerator.autocast():
+            return self.family.sample_in_batches(scheduler, prompts, num_steps, guidance_scale, *rest)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
@@ -558,7 +551,13 @@ class RdmDistillTrainer(Trainer):
             prepare_push(self, token, private)
 
     def push_to_hub(
-        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
     ):
         """
         Saves to `output_dir` and uploads LoRA, scheduler, card, samples and figures; never the base or an optimizer.

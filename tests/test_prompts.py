@@ -2,7 +2,7 @@
 import pytest
 import torch
 from conftest import PROMPTS as TRAINED
-from conftest import make_trainer
+from conftest import make_tiny_pipeline, make_trainer
 from datasets import Dataset
 
 from rdm_trl.prompts import PromptCache, load_prompts
@@ -68,3 +68,13 @@ def test_a_run_from_cached_prompts_is_the_same(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == len(set(TRAINED)) + 1
     for key, value in runs[0].items():
         assert torch.equal(value, runs[1][key]) and torch.equal(value, runs[2][key])
+
+
+def test_other_encoders_have_files_of_their_own(tmp_path):
+    """The tiny pipelines have no name that would tell them apart."""
+    conditions = []
+    for seed in (0, 1):
+        trainer = make_trainer(tmp_path, pipeline=make_tiny_pipeline(seed=seed), prompt_cache_dir=str(tmp_path / "c"))
+        conditions.append(trainer.encode(["a bag"])["prompt_embeds"])
+        torch.testing.assert_close(conditions[-1], trainer.family.encode_prompts(["a bag"])["prompt_embeds"])
+    assert not torch.equal(*conditions)

@@ -14,6 +14,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from ..diffusion import make_student_scheduler
 
@@ -249,6 +250,25 @@ class PipelineFamily:
         finally:
             self.pipeline.scheduler = base_scheduler
         return images.float()
+
+    def sample_in_batches(
+        self,
+        scheduler: SchedulerMixin,
+        prompts: list[str],
+        num_steps: int,
+        guidance_scale: float,
+        negative_prompt: str,
+        seed: int,
+        batch_size: int,
+        description: str | None = None,
+    ) -> torch.Tensor:
+        """As `sample`, for any number of prompts; batch i has the noise of `seed + i`; a description shows a bar."""
+        images = []
+        starts = range(0, len(prompts), batch_size)
+        for i, start in enumerate(tqdm(starts, desc=description, disable=description is None)):
+            chunk, generator = prompts[start : start + batch_size], torch.Generator().manual_seed(seed + i)
+            images.append(self.sample(scheduler, chunk, num_steps, guidance_scale, negative_prompt, generator))
+        return torch.cat(images)
 
     def to_pil(self, images: torch.Tensor) -> list[Image.Image]:
         """PIL images of (B, 3, H, W) in [0, 1]."""
