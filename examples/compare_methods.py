@@ -3,9 +3,9 @@
 # dependencies = ["rdm_trl[eval]"]
 # ///
 """
-Compares methods on the embedded teacher over paired seeds: the same prompts, noise and number of updates, one option
-apart. Every run is kept in a file (a second call goes on where the first stopped); all end in `results.json`, a table
-with means, spreads and bootstrap intervals of the paired differences, and pictures.
+Compares methods on the embedded teacher, or another of the same prompts, over paired seeds: the same prompts, noise
+and number of updates, one option apart. Every run is kept in a file (a second call goes on where the first stopped);
+all end in `results.json`, a table with means, spreads and bootstrap intervals of the paired differences, and pictures.
 
 A method may change options of its own, `gndm,num_iterations=4`, and names its rewards with their weights:
 `gndmr+classifier@0.3`, `constrained,target_dm=0.002+classifier@1`. Runs with rewards start from the checkpoint that
@@ -13,6 +13,8 @@ the plain method (dmd or gndm) left after `reward_warmup` updates, which is what
 
 python examples/compare_methods.py --methods dmd gndm --seeds 100 101 102 103 104
 python examples/compare_methods.py --methods dmd gndm dmdr+classifier@0.02 gndmr+classifier@0.3 --set reward_warmup=100
+python examples/compare_methods.py --teacher outputs/flow_teacher --output_dir outputs/compare_flow \
+    --set max_sequence_length=10    # the one that train_teacher.py --stages flow makes
 """
 
 import argparse
@@ -25,6 +27,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -56,6 +59,7 @@ def parse_args():
         "--methods", nargs="+", default=["dmd", "gndm"], metavar="METHOD[,OPTION=YAML...][+REWARD@WEIGHT...]"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101, 102, 103, 104])
+    parser.add_argument("--teacher", help="pipeline that draws the demo's prompts; by default the embedded one")
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "gndm.yaml")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=YAML", help="such as learning_rate=2.0e-4")
     parser.add_argument("--eval_steps", type=int, default=50, help="updates between two points of a curve")
@@ -108,12 +112,14 @@ class CurveCallback(TrainerCallback):
         control.should_save = state.global_step == args.reward_warmup
 
 
-def run(measure, options: dict, checkpoint: Path | None, folder: Path, eval_steps: int) -> dict:
+def run(measure, teacher: str | None, options: dict, checkpoint: Path | None, folder: Path, eval_steps: int) -> dict:
     """One training run in `folder`, from `checkpoint`: its curve, the figures of teacher and base, and its cost."""
     curve = CurveCallback(measure, eval_steps)
     fixed = {"output_dir": str(folder), "log_images_steps": 0, "save_strategy": "no", "logging_strategy": "no"}
     fixed["resume_with_changes"] = True  # from a plain run to one with rewards, whose mixing starts there
-    curve.trainer = trainer = RdmDistillTrainer(RdmDistillConfig(**{**options, **fixed}), callbacks=[curve])
+    config = RdmDistillConfig(**{**options, **fixed})
+    dataset = Dataset.from_dict({"prompt": DEMO_PROMPTS}) if teacher else None
+    curve.trainer = trainer = RdmDistillTrainer(config, sd_pipeline=teacher, train_dataset=dataset, callbacks=[curve])
     constant = {who: measure(trainer, who) for who in ("teacher", "base")}
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return {"curve": curve.curve, **constant, "cost": trainer.cost}
@@ -264,7 +270,12 @@ def main():
     runs.mkdir(parents=True, exist_ok=True)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     options = {**yaml.safe_load(args.config.read_text()), **parse_options(args.set)}
-    settings = {"options": options, "num_images": args.num_images, "eval_steps": args.eval_steps}
+    settings = {
+        "options": options,
+        "num_images": args.num_images,
+        "eval_steps": args.eval_steps,
+        "teacher": args.teacher,
+    }
     path = args.output_dir / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         raise SystemExit(f"{path} belongs to runs with other settings: give another --output_dir.")
@@ -291,7 +302,8 @@ def main():
         if plain(method) != method and options.get("reward_warmup"):
             checkpoint = runs / f"{plain(method)}-{seed}" / f"checkpoint-{options['reward_warmup']}"
         folder = runs / f"{method}-{seed}"
-        result = run(measure, {**options, **options_of(method), "seed": seed}, checkpoint, folder, args.eval_steps)
+        chosen = {**options, **options_of(method), "seed": seed}
+        result = run(measure, args.teacher, chosen, checkpoint, folder, args.eval_steps)
         (runs / f"{method}-{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
         if plain(method) != method:
             shutil.rmtree(folder)

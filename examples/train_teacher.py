@@ -3,11 +3,13 @@
 # dependencies = ["rdm_trl"]
 # ///
 """
-Trains everything in `rdm_trl/demo/` from scratch on Fashion-MNIST: the classifier, then the autoencoder, then the text
-encoder and the denoiser of a captioned latent diffusion pipeline, and reports how good they are.
+Trains all of `rdm_trl/demo/` from scratch on Fashion-MNIST: the classifier, then the autoencoder, then text encoder
+and the denoiser of a captioned latent diffusion pipeline, and reports how good they are. The stage `flow` makes a
+second teacher on the same autoencoder, which is not shipped: a flow-matching transformer, as Stable Diffusion 3's.
 
 python examples/train_teacher.py                                                # from the Hub
 python examples/train_teacher.py --dataset /usr/share/datasets/fashion-mnist    # from a folder of IDX files
+python examples/train_teacher.py --stages flow                                  # outputs/flow_teacher
 """
 
 import argparse
@@ -24,14 +26,17 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Whitespace
@@ -40,16 +45,19 @@ from tqdm import tqdm
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     ConvNextConfig,
     ConvNextForImageClassification,
 )
 
-from rdm_trl.demo import CLASSES, DEMO_PROMPTS, PHRASINGS
-from rdm_trl.diffusion import make_student_scheduler
+from rdm_trl.demo import CLASSES, DEMO_PROMPT_CLASS, DEMO_PROMPTS, PHRASINGS, DemoClassifier
+from rdm_trl.diffusion import NoiseProcess, is_flow, make_student_scheduler
+from rdm_trl.evaluation import class_accuracy, feature_statistics, frechet_distance
 
 
 BATCH_SIZE = 64
+FLOW_LENGTH = 10  # tokens of the longest caption; by itself the pipeline would attend to 256
 KL_WEIGHT = 1e-6  # as in Stable Diffusion: details stay in the latents, for the denoiser to draw
 
 
@@ -60,13 +68,15 @@ def parse_args():
     parser.add_argument(
         "--stages",
         nargs="+",
-        choices=["classifier", "autoencoder", "denoiser", "report"],
+        choices=["classifier", "autoencoder", "denoiser", "report", "flow"],
         default=["classifier", "autoencoder", "denoiser", "report"],
         help="which parts to make again; later ones load what earlier ones saved",
     )
+    parser.add_argument("--flow_dir", type=Path, default=Path("outputs/flow_teacher"))
     parser.add_argument("--classifier_epochs", type=int, default=6)
     parser.add_argument("--autoencoder_epochs", type=int, default=2)
     parser.add_argument("--denoiser_epochs", type=int, default=6)
+    parser.add_argument("--flow_epochs", type=int, default=6)
     parser.add_argument("--num_threads", type=int, default=1, help="on two cores, one thread is nearly as fast as two")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -117,7 +127,7 @@ def train_classifier(images, labels, epochs, folder):
         ConvNextConfig(
             num_channels=3,
             image_size=32,
-            patch_size=2,
+            patch_size=1,
             num_stages=3,
             hidden_sizes=[32, 64, 64],
             depths=[1, 2, 1],
@@ -180,24 +190,35 @@ def make_tokenizer(folder) -> CLIPTokenizer:
     return tokenizer
 
 
+def make_text_config(tokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        projection_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def draw_captions(labels):
+    """Different captions for the labels, and for each label the place of its own among them."""
+    caption = labels * len(PHRASINGS) + torch.randint(len(PHRASINGS), labels.shape)
+    caption[torch.rand(labels.shape) < 0.1] = len(DEMO_PROMPTS)  # the empty prompt, for guidance
+    used, place = caption.unique(return_inverse=True)
+    captions = [*DEMO_PROMPTS, ""]
+    return [captions[i] for i in used], place
+
+
 def train_denoiser(images, labels, epochs, folder):
     vae = AutoencoderKL.from_pretrained(folder / "pipeline" / "vae", dtype=torch.float32).eval()
     latents = encode(vae, images)
     tokenizer = make_tokenizer(folder)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            projection_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    text_encoder = CLIPTextModel(make_text_config(tokenizer))
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=vae.config.latent_channels,
@@ -220,15 +241,13 @@ def train_denoiser(images, labels, epochs, folder):
         steps_offset=1,
         prediction_type="epsilon",
     )
-    captions = tokenizer([*DEMO_PROMPTS, ""], padding="max_length", return_tensors="pt").input_ids
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, power=0.75)
 
     def loss_fn(batch):
-        caption = labels[batch] * len(PHRASINGS) + torch.randint(len(PHRASINGS), batch.shape)
-        caption[torch.rand(batch.shape) < 0.1] = len(captions) - 1  # the empty prompt, for guidance
-        used, caption = caption.unique(return_inverse=True)
-        embeds = text_encoder(captions[used]).last_hidden_state[caption]
+        captions, place = draw_captions(labels[batch])
+        tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+        embeds = text_encoder(tokens).last_hidden_state[place]
         x0, noise = latents[batch], torch.randn_like(latents[batch])
         t = torch.randint(scheduler.config.num_train_timesteps, batch.shape)
         output = unet(scheduler.add_noise(x0, noise, t), t, embeds).sample
@@ -253,42 +272,97 @@ def train_denoiser(images, labels, epochs, folder):
     pipeline.save_pretrained(folder / "pipeline")
 
 
+def train_flow(images, labels, epochs, folder, flow_dir):
+    """A small Stable Diffusion 3 on the autoencoder and tokenizer in `folder`, with zeros in T5's place."""
+    vae = AutoencoderKL.from_pretrained(folder / "pipeline" / "vae", dtype=torch.float32).eval()
+    vae.register_to_config(shift_factor=0.0)
+    latents = encode(vae, images)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "pipeline" / "tokenizer", model_max_length=FLOW_LENGTH)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        joint_attention_dim=128,  # of two text encoders
+        caption_projection_dim=96,
+        pooled_projection_dim=128,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(make_text_config(tokenizer)),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(make_text_config(tokenizer)),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
+    parameters = [p for network in (transformer, *encoders) for p in network.parameters()]
+    process = NoiseProcess(pipeline.scheduler)
+    ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, power=0.75)
+
+    def loss_fn(batch):
+        captions, place = draw_captions(labels[batch])
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            captions, None, None, do_classifier_free_guidance=False, max_sequence_length=FLOW_LENGTH
+        )
+        x0, noise = latents[batch], torch.randn_like(latents[batch])
+        t = process.timesteps_at(torch.randn(batch.shape).sigmoid())  # logit-normal, as Stable Diffusion 3
+        output = transformer(process.add_noise(x0, noise, t), embeds[place], pooled[place], t).sample
+        return F.mse_loss(output, process.target(x0, noise, t))
+
+    train("flow", parameters, loss_fn, len(latents), epochs, 1e-3, after_step=lambda: ema.step(parameters))
+    ema.copy_to(parameters)
+    pipeline.to(torch.float16)
+    for encoder in encoders:
+        encoder.float().eval()
+    transformer.eval()
+    pipeline.save_pretrained(flow_dir)
+
+
 def report(images, labels, folder, seed):
     """Measures what was saved, writes the reference statistics and the figures that the README quotes."""
-    from rdm_trl import demo
-    from rdm_trl.evaluation import class_accuracy, feature_statistics, frechet_distance
-
-    classifier = demo.DemoClassifier(folder / "classifier")
+    classifier = DemoClassifier(folder / "classifier")
     outputs = [classifier(x) for x in ((images + 1) / 2).split(500)]
     features, logits = (torch.cat(tensors) for tensors in zip(*outputs, strict=True))
     reference = feature_statistics(features)
     save_file(reference, folder / "reference_statistics.safetensors")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline", dtype=torch.float32)
+    with torch.no_grad():
+        decoded = torch.cat([pipeline.vae(x).sample for x in images[:2000].split(500)]) / 2 + 0.5
     figures = {
         "classifier_accuracy_on_test_images": class_accuracy(logits, labels),
         "megabytes": sum(f.stat().st_size for f in folder.rglob("*") if f.suffix != ".py") / 2**20,
+        "fid_of_2000_autoencoded_test_images": frechet_distance(
+            feature_statistics(classifier(decoded.clamp(0, 1))[0]), reference
+        ),
     }
+    write_figures(figures | measure(pipeline, classifier, reference, folder, seed), folder)
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline", dtype=torch.float32)
+
+def measure(pipeline, classifier, reference, folder, seed):
+    """FID and class accuracy of 2,000 images by guidance, steps and scheduler; a grid of them in `folder`."""
+    figures = {}
     pipeline.set_progress_bar_config(disable=True)
-    with torch.no_grad():
-        decoded = torch.cat([pipeline.vae(x).sample for x in images[:2000].split(500)]) / 2 + 0.5
-    figures["fid_of_2000_autoencoded_test_images"] = frechet_distance(
-        feature_statistics(classifier(decoded.clamp(0, 1))[0]), reference
-    )
+    options = {"max_sequence_length": FLOW_LENGTH} if is_flow(pipeline.scheduler) else {}
     prompts = [DEMO_PROMPTS[i % len(DEMO_PROMPTS)] for i in range(2000)]
-    target = torch.tensor([demo.DEMO_PROMPT_CLASS[prompt] for prompt in prompts])
+    target = torch.tensor([DEMO_PROMPT_CLASS[prompt] for prompt in prompts])
     trained_with = pipeline.scheduler
-    trailing = {**trained_with.config, "timestep_spacing": "trailing"}
-    for name, scheduler, num_steps, guidance_scale in (
-        ("guidance_1.0", trained_with, 25, 1.0),
-        ("guidance_1.5", trained_with, 25, 1.5),
-        ("guidance_1.75", trained_with, 25, 1.75),
-        ("guidance_2.0", trained_with, 25, 2.0),
-        ("4_steps", trained_with, 4, 1.0),
-        ("4_steps_ddim", DDIMScheduler.from_config(trailing, clip_sample=False), 4, 1.0),
-        ("4_steps_dpm_solver", DPMSolverMultistepScheduler.from_config(trailing), 4, 1.0),
-        ("4_steps_of_the_student_untrained", make_student_scheduler(trained_with, 4), 4, 1.0),
-    ):
+    rows = [(f"guidance_{scale}", trained_with, 25, scale) for scale in (1.0, 1.5, 1.75, 2.0)]
+    rows.append(("4_steps", trained_with, 4, 1.0))
+    if not is_flow(trained_with):
+        trailing = {**trained_with.config, "timestep_spacing": "trailing"}
+        rows.append(("4_steps_ddim", DDIMScheduler.from_config(trailing, clip_sample=False), 4, 1.0))
+        rows.append(("4_steps_dpm_solver", DPMSolverMultistepScheduler.from_config(trailing), 4, 1.0))
+    rows.append(("4_steps_of_the_student_untrained", make_student_scheduler(trained_with, 4), 4, 1.0))
+    for name, scheduler, num_steps, guidance_scale in rows:
         pipeline.scheduler = scheduler
         generator = torch.Generator().manual_seed(seed)
         samples = []
@@ -300,6 +374,7 @@ def report(images, labels, folder, seed):
                     guidance_scale=guidance_scale,
                     generator=generator,
                     output_type="pt",
+                    **options,
                 ).images
             )
         samples = torch.cat(samples)
@@ -315,6 +390,10 @@ def report(images, labels, folder, seed):
             pipeline.image_processor.numpy_to_pil(torch.stack(picks).permute(0, 2, 3, 1).numpy()), 8, 10
         )
         grid.resize((grid.width * 2, grid.height * 2)).save(folder / f"samples_{name}.png")
+    return figures
+
+
+def write_figures(figures, folder):
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
@@ -333,8 +412,14 @@ def main():
             train_autoencoder(images, args.autoencoder_epochs, args.output_dir)
         elif stage == "denoiser":
             train_denoiser(images, labels, args.denoiser_epochs, args.output_dir)
-        else:
+        elif stage == "report":
             report(*load_images(args.dataset, "test"), args.output_dir, args.seed)
+        else:
+            train_flow(images, labels, args.flow_epochs, args.output_dir, args.flow_dir)
+            pipeline = StableDiffusion3Pipeline.from_pretrained(args.flow_dir, dtype=torch.float32)
+            reference = load_file(args.output_dir / "reference_statistics.safetensors")
+            classifier = DemoClassifier(args.output_dir / "classifier")
+            write_figures(measure(pipeline, classifier, reference, args.flow_dir, args.seed), args.flow_dir)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     print(f"{(time.time() - start) / 60:.1f} minutes, {(usage.ru_utime + usage.ru_stime) / 60:.1f} CPU minutes")
 

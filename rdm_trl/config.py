@@ -96,6 +96,9 @@ class RdmDistillConfig(TrainingArguments):
             default for four steps.
         sample_height, sample_width (`int`, *optional*):
             Height and width of the images in pixels; the pipeline's own by default. Give both or neither.
+        max_sequence_length (`int`, *optional*):
+            Longest prompt in tokens, 1 to 512, for pipelines whose call has this option (SD3, FLUX and others);
+            the pipeline's own by default. Their networks are as slow as this is large.
         prompt_cache_dir (`str`, *optional*):
             Folder that keeps the embeddings of prompts, so that later runs and other processes need not encode them.
         offload_encoders (`bool`, *optional*, defaults to `False`):
@@ -251,6 +254,9 @@ class RdmDistillConfig(TrainingArguments):
     )
     sample_height: int | None = field(default=None, metadata={"help": "Height of the images in pixels."})
     sample_width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens, for pipelines whose call has this option."}
+    )
     prompt_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder that keeps the embeddings of prompts for later runs."}
     )
@@ -502,6 +508,8 @@ class RdmDistillConfig(TrainingArguments):
     def _check_grid(self):
         if (self.sample_height is None) != (self.sample_width is None):
             raise ValueError("Give `sample_height` and `sample_width`, or neither.")
+        if self.max_sequence_length is not None and not 1 <= self.max_sequence_length <= 512:
+            raise ValueError(f"`max_sequence_length` is {self.max_sequence_length}, but must be from 1 to 512.")
         for name, largest in (("sample_sigmas", 1.0), ("sample_timesteps", float("inf"))):
             grid = getattr(self, name)
             if grid is None:

@@ -103,6 +103,7 @@ class RdmDistillTrainer(Trainer):
             sd_pipeline = load_pipeline(sd_pipeline, dtype)
         self.sd_pipeline = sd_pipeline
         self.family = family_of(sd_pipeline, config.sample_height, config.sample_width)
+        self.family.limit_prompts(config.max_sequence_length)
         self.base_model = sd_pipeline.config.get("_name_or_path") or sd_pipeline.name_or_path
         self.is_demo = self.base_model == DEMO_PIPELINE
         self.encode, self.encode_negative = prompt_caches(self.family, config, self.base_model)

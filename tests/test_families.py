@@ -19,6 +19,10 @@ from rdm_trl.diffusion import NoiseProcess, make_student_scheduler
 from rdm_trl.pipelines import family_of
 
 
+# Whose pipelines can be told how long a prompt may be.
+LIMITED = ["sd3", "flux_dev", "pixart_sigma", "sana", "lumina2", "z_image", "qwen_image", "flux2_klein"]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_family(name, tmp_path):
     """Trains, and the code of its model card draws the trainer's own rollout; the teacher is still the base."""
@@ -193,6 +197,28 @@ def test_a_grid_of_the_users_own(name, options, expected, tmp_path):
     assert trainer.sample("student", list(case.prompts)).shape == (2, *ours.shape[1:])
 
 
+@pytest.mark.parametrize("name", LIMITED)
+def test_short_prompts(name, tmp_path):
+    """`max_sequence_length` reaches the denoiser's conditions and the card's call, and changes the image."""
+    case, images = CASES[name], {}
+    make(case).save_pretrained(tmp_path / "base")
+    for limit in (None, 2):
+        torch.manual_seed(0)
+        trainer = make_family_trainer(
+            case,
+            tmp_path,
+            str(tmp_path / "base"),
+            lora=LoraConfig(r=2, init_lora_weights=False),
+            max_sequence_length=limit,
+            **case.size,
+        )
+        images[limit] = rollout_of(trainer, case, case.prompts[0], "ema")
+    trainer.save_model()
+    torch.testing.assert_close(images[2], run_card(tmp_path / "run" / "README.md"), atol=1e-4, rtol=1e-4)
+    assert (images[2] - images[None]).abs().max() > 1e-3
+    assert trainer.sample("teacher", list(case.prompts)).shape == (2, *images[2].shape[1:])
+
+
 @pytest.mark.parametrize("name, said", [("flux_dev", True), ("flux_schnell", False)])
 def test_the_card_says_what_guidance_the_network_was_given(name, said, tmp_path):
     trainer = make_family_trainer(CASES[name], tmp_path, make(CASES[name]))
@@ -219,6 +245,7 @@ def test_flow_matching_by_another_scheduler():
     "options, message",
     [
         (dict(sample_height=8), "Give `sample_height` and `sample_width`, or neither"),
+        (dict(max_sequence_length=0), "`max_sequence_length` is 0, but must be from 1 to 512"),
         (dict(sample_sigmas=[1.0]), "`sample_sigmas` has 1 values for `sample_num_steps=3`"),
         (dict(sample_sigmas=[1.0, 0.5, 0.5]), "must be falling numbers above 0, at most 1"),
         (dict(sample_sigmas=[1.1, 0.5, 0.2]), "must be falling numbers above 0, at most 1"),
@@ -235,6 +262,7 @@ def test_bad_options(options, message, tmp_path):
     [
         ("sd_epsilon", dict(sample_sigmas=[1.0, 0.5, 0.2]), "flow-matching schedulers: give `sample_timesteps`"),
         ("sd3", dict(sample_timesteps=[999, 500, 200]), "`sample_timesteps` cannot be given to a call of StableDiff"),
+        ("sdxl", dict(max_sequence_length=9), "`max_sequence_length` cannot be given to a call of StableDiffusionXL"),
         ("dit", dict(sample_timesteps=[999, 500, 200]), "`sample_timesteps` cannot be given to a call of DiTPipeline"),
         ("sd3", dict(sample_height=8, sample_width=10), r"\(8 x 10\) must be divisible by 4 for StableDiffusion3"),
         ("dit", dict(sample_height=8, sample_width=16), "DiTPipeline draws images of 8 x 8 pixels only"),

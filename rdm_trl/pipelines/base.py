@@ -1,6 +1,7 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """What all families of pipelines share. See `docs/families.md` for what a new one has to define."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,7 @@ class PipelineFamily:
         self.size = {} if height is None and width is None else {"height": self.height, "width": self.width}
         self.check_size()
         self.latent_shape = self.shape_of_latents()
+        self.prompt_limit = {}
         self.student_scheduler = None
         self.student_grid = {}
         self.offloads_encoders = False
@@ -151,6 +153,19 @@ class PipelineFamily:
 
     # ------------------------------------------------------------------------------------------- prompts and denoiser
 
+    def limit_prompts(self, max_sequence_length: int | None):
+        """
+        Longest prompt in tokens, in every call of the pipeline and of its `encode_prompt`; None, the pipeline's own.
+
+        Raises:
+            ValueError: the pipeline has no such option.
+        """
+        if max_sequence_length is None:
+            return
+        if "max_sequence_length" not in inspect.signature(self.pipeline.__call__).parameters:
+            raise ValueError(f"`max_sequence_length` cannot be given to a call of {type(self.pipeline).__name__}.")
+        self.prompt_limit = {"max_sequence_length": max_sequence_length}
+
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """What the denoiser is conditioned on: tensors whose first dimension is `len(prompts)`."""
         raise NotImplementedError
@@ -218,7 +233,7 @@ class PipelineFamily:
 
     def call_arguments(self, prompts: list[str], guidance_scale: float, negative_prompt: str = "") -> dict[str, Any]:
         """Arguments of the pipeline's call, but for the number of steps, the generator and the output's type."""
-        arguments = {"prompt": prompts, "guidance_scale": guidance_scale, **self.size}
+        arguments = {"prompt": prompts, "guidance_scale": guidance_scale, **self.size, **self.prompt_limit}
         if guidance_scale > 1:
             arguments["negative_prompt"] = [negative_prompt] * len(prompts)
         return arguments

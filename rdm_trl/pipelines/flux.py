@@ -50,7 +50,7 @@ class FluxFamily(PipelineFamily):
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
-        embeds, pooled, _ = self.pipeline.encode_prompt(prompts)
+        embeds, pooled, _ = self.pipeline.encode_prompt(prompts, **self.prompt_limit)
         condition = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
         if self.denoiser.config.guidance_embeds:
             condition["guidance"] = torch.full((len(prompts),), self.student_guidance_scale, device=embeds.device)
@@ -86,4 +86,4 @@ class FluxFamily(PipelineFamily):
         return super().decode(unpacked)
 
     def call_arguments(self, prompts, guidance_scale, negative_prompt=""):
-        return {"prompt": prompts, "guidance_scale": guidance_scale, **self.size}
+        return {"prompt": prompts, "guidance_scale": guidance_scale, **self.size, **self.prompt_limit}

@@ -46,7 +46,7 @@ class Flux2KleinFamily(PipelineFamily):
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
-        return {"prompt_embeds": self.pipeline.encode_prompt(prompts)[0]}
+        return {"prompt_embeds": self.pipeline.encode_prompt(prompts, **self.prompt_limit)[0]}
 
     def encode_negative_prompts(self, prompts):
         refuse_negative_prompts(self, prompts)
@@ -84,4 +84,4 @@ class Flux2KleinFamily(PipelineFamily):
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def call_arguments(self, prompts, guidance_scale, negative_prompt=""):
-        return {"prompt": prompts, "guidance_scale": guidance_scale, **self.size}
+        return {"prompt": prompts, "guidance_scale": guidance_scale, **self.size, **self.prompt_limit}

@@ -30,13 +30,15 @@ class Lumina2Family(PipelineFamily):
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
-        embeds, mask, _, _ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+        embeds, mask, _, _ = self.pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, **self.prompt_limit
+        )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     @torch.no_grad()
     def encode_negative_prompts(self, prompts):
         # Without the system prompt, which stands before the others.
-        _, _, embeds, mask = self.pipeline.encode_prompt(prompts, negative_prompt=prompts)
+        _, _, embeds, mask = self.pipeline.encode_prompt(prompts, negative_prompt=prompts, **self.prompt_limit)
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     def example_condition(self, batch_size):

@@ -24,7 +24,7 @@ class PixArtSigmaFamily(PipelineFamily):
     def encode_prompts(self, prompts):
         # The call cleans its prompts, `encode_prompt` by itself does not.
         embeds, mask, _, _ = self.pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, clean_caption=True
+            prompts, do_classifier_free_guidance=False, clean_caption=True, **self.prompt_limit
         )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 

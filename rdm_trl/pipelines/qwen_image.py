@@ -41,7 +41,7 @@ class QwenImageFamily(PipelineFamily):
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
-        embeds, mask = self.pipeline.encode_prompt(prompts, max_sequence_length=512)
+        embeds, mask = self.pipeline.encode_prompt(prompts, **{"max_sequence_length": 512, **self.prompt_limit})
         lengths = [embeds.shape[1]] * len(prompts) if mask is None else mask.sum(1).tolist()
         return pad_prompts([row[:length] for row, length in zip(embeds, lengths, strict=True)])
 

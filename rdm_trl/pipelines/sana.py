@@ -26,14 +26,16 @@ class SanaFamily(PipelineFamily):
         # The call puts its default instruction before prompts, `encode_prompt` by itself does not.
         instruction = inspect.signature(self.pipeline.__call__).parameters["complex_human_instruction"].default
         embeds, mask, _, _ = self.pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, complex_human_instruction=instruction
+            prompts, do_classifier_free_guidance=False, complex_human_instruction=instruction, **self.prompt_limit
         )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     @torch.no_grad()
     def encode_negative_prompts(self, prompts):
         # It puts none before negative prompts.
-        embeds, mask, _, _ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+        embeds, mask, _, _ = self.pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, **self.prompt_limit
+        )
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     def denoise(self, denoiser, x_t, timesteps, condition):

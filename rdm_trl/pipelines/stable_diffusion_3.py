@@ -35,7 +35,9 @@ class StableDiffusion3Family(PipelineFamily):
 
     @torch.no_grad()
     def encode_prompts(self, prompts):
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, None, None, do_classifier_free_guidance=False, **self.prompt_limit
+        )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def denoise(self, denoiser, x_t, timesteps, condition):

@@ -28,7 +28,7 @@ class ZImageFamily(PipelineFamily):
     @torch.no_grad()
     def encode_prompts(self, prompts):
         # A copy: the pipeline writes its template into the list.
-        embeds, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+        embeds, _ = self.pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False, **self.prompt_limit)
         return pad_prompts(embeds)
 
     def example_condition(self, batch_size):
