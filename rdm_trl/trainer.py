@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather, set_seed
+from accelerate.utils import TorchDynamoPlugin, broadcast_object_list, gather, set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
@@ -133,6 +133,8 @@ class RdmDistillTrainer(Trainer):
         # Model: one frozen denoiser and its adapters, equal on all processes
         set_seed(config.seed)
         roles = make_roles(self.family, peft_config, teacher_lora, student_lora)
+        if config.torch_compile:
+            roles.compile_denoiser(config.torch_compile_backend, config.torch_compile_mode)
         self.teacher_lora, self.student_lora = (path and str(path) for path in (teacher_lora, student_lora))
 
         super().__init__(
@@ -164,6 +166,11 @@ class RdmDistillTrainer(Trainer):
         self._records = defaultdict(list)
 
     # -------------------------------------------------------------------------------------------------- data and roles
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        # Roles compile what they call; `Trainer` by itself would compile the student's training pass alone.
+        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         args = self.args

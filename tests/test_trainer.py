@@ -7,7 +7,9 @@ from conftest import PROMPTS, logs_of, make_config, make_tiny_pipeline, make_tra
 from datasets import Dataset
 from diffusers import DiffusionPipeline, LCMScheduler, VQDiffusionScheduler
 from peft import LoraConfig
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
+from tiny_pipelines import make_sd3
+from torch._dynamo.utils import counters
+from transformers import TrainerCallback, ViTConfig, ViTImageProcessor, ViTModel
 
 from rdm_trl import RdmDistillTrainer, policy
 from rdm_trl.diffusion import NoiseProcess
@@ -482,3 +484,28 @@ def test_a_broken_denoiser_is_named_before_an_update(tmp_path):
         trainer.model.denoiser.conv_out.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="not finite for the prompt 'a .*' at step 0; no weight was changed"):
         trainer.train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_compiled_for_every_role(checkpointing, tmp_path):
+    """Traced in the first update: all roles, with gradients and without, and nothing later. The result is the same."""
+    graphs, weights = [], {}
+    for backend in (None, "eager"):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = {"torch_compile": True, "torch_compile_backend": backend} if backend else {}
+        options = {"learning_rate": 1e-2, "max_steps": 3, "activation_checkpointing": checkpointing, **compiled}
+        trainer = make_trainer(tmp_path / str(backend), pipeline=make_sd3(), **options)
+
+        class CountGraphs(TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                graphs.append(counters["stats"]["unique_graphs"])
+
+        trainer.add_callback(CountGraphs())
+        trainer.train()
+        trainer.sample("student", ["a dress"] * 3)
+        graphs.append(counters["stats"]["unique_graphs"])
+        weights[backend] = torch.cat([p.detach().flatten() for p in trainer.model.adapter_parameters("student")])
+    assert graphs == [0] * 4 + [graphs[4]] * 4 and graphs[4] >= 5
+    assert not counters["graph_break"]
+    assert torch.equal(weights["eager"], weights[None])
