@@ -15,14 +15,13 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 
 from rdm_trl.callbacks import comparison_grid
 from rdm_trl.demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge
 from rdm_trl.evaluation import Judge, PretrainedFeatures, machine
 from rdm_trl.export import fuse
 from rdm_trl.hub import figures_table
-from rdm_trl.pipelines import family_of
+from rdm_trl.pipelines import family_of, read_pipeline
 from rdm_trl.prompts import load_prompts
 from rdm_trl.rewards import Scorer, resolve_reward
 
@@ -64,7 +63,7 @@ def main():
     is_demo = settings["base_model"] == "rdm_trl.demo"
 
     def load_base():
-        base = DiffusionPipeline.from_pretrained(DEMO_PIPELINE if is_demo else settings["base_model"])
+        base = read_pipeline(DEMO_PIPELINE if is_demo else settings["base_model"])
         return base.to("cuda" if torch.cuda.is_available() else "cpu")
 
     if args.dataset_name is None and not is_demo:

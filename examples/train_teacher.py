@@ -54,6 +54,7 @@ from transformers import (
 from rdm_trl.demo import CLASSES, DEMO_PROMPT_CLASS, DEMO_PROMPTS, PHRASINGS, DemoClassifier
 from rdm_trl.diffusion import NoiseProcess, is_flow, make_student_scheduler
 from rdm_trl.evaluation import class_accuracy, feature_statistics, frechet_distance
+from rdm_trl.pipelines import read_pipeline
 
 
 BATCH_SIZE = 64
@@ -416,7 +417,7 @@ def main():
             report(*load_images(args.dataset, "test"), args.output_dir, args.seed)
         else:
             train_flow(images, labels, args.flow_epochs, args.output_dir, args.flow_dir)
-            pipeline = StableDiffusion3Pipeline.from_pretrained(args.flow_dir, dtype=torch.float32)
+            pipeline = read_pipeline(args.flow_dir)
             reference = load_file(args.output_dir / "reference_statistics.safetensors")
             classifier = DemoClassifier(args.output_dir / "classifier")
             write_figures(measure(pipeline, classifier, reference, args.flow_dir, args.seed), args.flow_dir)

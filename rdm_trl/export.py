@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from .demo import DEMO_PIPELINE
-from .pipelines import family_of
+from .pipelines import family_of, read_pipeline
 
 
 FORMATS = ("diffusers", "kohya")
@@ -61,7 +61,7 @@ def export(
         return export_kohya(weights, output_dir / f"{checkpoint.resolve().name}.safetensors")
     if base is None:
         base = json.loads((checkpoint / "metrics.json").read_text())["settings"]["base_model"]
-    pipeline = DiffusionPipeline.from_pretrained(DEMO_PIPELINE if base == "rdm_trl.demo" else base, dtype=dtype)
+    pipeline = read_pipeline(DEMO_PIPELINE if base == "rdm_trl.demo" else base, dtype)
     fuse(pipeline, checkpoint).save_pretrained(output_dir)
     return output_dir
 

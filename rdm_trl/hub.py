@@ -27,7 +27,7 @@ A {{ kind }} that lets {{ base_name }} draw an image in {{ num_steps }} unguided
 import torch
 from diffusers import {{ pipeline_class }}, {{ scheduler_class }}
 {{ lora_import }}{{ base_import }}
-pipe = {{ pipeline_class }}.from_pretrained({{ base }}, dtype=torch.float32)
+pipe = {{ pipeline_class }}.from_pretrained({{ base }}{{ absent }}, dtype=torch.float32)
 {{ load_lora }}
 pipe.scheduler = {{ scheduler_class }}.from_pretrained({{ repo }}, subfolder="scheduler")
 image = {{ call }}.images[0]
@@ -204,6 +204,7 @@ def write_card(
         name=name or repo.split("/")[-1],
         repo=repr(repo),
         base=repr(base) if base else "DEMO_PIPELINE",
+        absent=family.absent_code(),
         base_name=base or "rdm_trl's embedded Fashion-MNIST pipeline",
         base_import="" if base else "from rdm_trl.demo import DEMO_PIPELINE  # a path\n",
         pipeline_class=family.card_class,

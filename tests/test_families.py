@@ -219,6 +219,20 @@ def test_short_prompts(name, tmp_path):
     assert trainer.sample("teacher", list(case.prompts)).shape == (2, *images[2].shape[1:])
 
 
+def test_a_pipeline_without_one_of_its_parts(tmp_path):
+    """Stable Diffusion 3 without T5, from a checkpoint and as the card loads it."""
+    case, base = CASES["sd3"], make_sd3()
+    base.text_encoder_3 = base.tokenizer_3 = None
+    base.register_to_config(text_encoder_3=(None, None), tokenizer_3=(None, None))
+    base.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, init_lora_weights=False)
+    trainer = make_family_trainer(case, tmp_path, str(tmp_path / "base"), lora=lora, **case.size)
+    assert trainer.sd_pipeline.text_encoder_3 is None
+    trainer.save_model()
+    ours, theirs = rollout_of(trainer, case, case.prompts[0], "ema"), run_card(tmp_path / "run" / "README.md")
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name, said", [("flux_dev", True), ("flux_schnell", False)])
 def test_the_card_says_what_guidance_the_network_was_given(name, said, tmp_path):
     trainer = make_family_trainer(CASES[name], tmp_path, make(CASES[name]))

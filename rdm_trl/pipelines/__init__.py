@@ -36,10 +36,17 @@ FAMILIES = (
 )
 
 
+def read_pipeline(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """`DiffusionPipeline.from_pretrained`, told of what was saved without (Stable Diffusion 3 without T5)."""
+    index = DiffusionPipeline.load_config(name_or_path)
+    absent = {name: None for name, kind in index.items() if kind in ([None, None], (None, None))}
+    return DiffusionPipeline.from_pretrained(name_or_path, dtype=dtype, **absent)
+
+
 def load_pipeline(name_or_path: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline of a path or Hub id. Raises `OSError`, which names it, where there is none."""
     try:
-        return DiffusionPipeline.from_pretrained(name_or_path, dtype=dtype)
+        return read_pipeline(name_or_path, dtype)
     except Exception as error:
         raise OSError(
             f"`sd_pipeline` {str(name_or_path)!r} cannot be loaded; it must be a pipeline, a folder with a "

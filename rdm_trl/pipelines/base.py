@@ -305,6 +305,12 @@ class PipelineFamily:
             save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
             LoraConfig.from_peft_type(**metadata).save_pretrained(folder)
 
+    def absent_code(self) -> str:
+        """Arguments of `from_pretrained` for the model card: what the teacher was trained with was loaded without."""
+        optional = self.pipeline._optional_components
+        absent = [n for n, module in self.pipeline.components.items() if module is None and n not in optional]
+        return "".join(f", {name}=None" for name in absent)
+
     def load_code(self, repo: str) -> tuple[str, str]:
         """Two lines for the model card: what has to be imported (or nothing), and what loads `repo` into `pipe`."""
         if isinstance(self.pipeline, LoraBaseMixin):
