@@ -23,6 +23,9 @@ LEARNING = dict(
     fake_updates=1,
     ema_decay=0.5,
     epsilon=0.2,
+    num_eval_images=128,
+    per_device_eval_batch_size=128,
+    teacher_num_steps=2,
 )
 
 
@@ -43,7 +46,6 @@ def test_every_kind_of_reward_works_with_every_mixing(tmp_path, mixing, direct):
             reward_mixing=mixing,
             target_dm=10.0 if mixing == "constrained" else None,
             reward_weights=[weight],
-            num_eval_images=128,
             **LEARNING,
         )
         trainer.train()
@@ -188,7 +190,7 @@ def test_a_warning_says_which_figure_left_its_range(monkeypatch):
 
 def test_a_reward_is_maximised(tmp_path):
     """A black-box reward alone (no distribution matching): its mean on new noise rises."""
-    trainer = make_trainer(tmp_path, [redness], dm_weight=0.0, num_eval_images=64, **LEARNING)
+    trainer = make_trainer(tmp_path, [redness], dm_weight=0.0, **LEARNING)
     before = trainer.evaluate()["eval_redness"]
     trainer.train()
     assert trainer.evaluate()["eval_redness"] > before + 0.01
