@@ -296,6 +296,12 @@ def main():
         return figures
 
     methods = list(dict.fromkeys([plain(m) for m in args.methods] + args.methods))
+    for file in (runs / f"{m}-{s}.json" for m in methods for s in args.seeds):
+        missing = [name for name in rewards if file.exists() and f"reward/{name}" not in file.read_text()]
+        if missing:
+            raise SystemExit(
+                f"{file} was measured without {', '.join(missing)}: remove it, or give another --output_dir."
+            )
     todo = [(m, s) for s in args.seeds for m in methods if not (runs / f"{m}-{s}.json").exists()]
     for method, seed in tqdm(todo, desc="runs"):
         checkpoint = None
