@@ -42,8 +42,8 @@ def parse_args():
 
 def sample(pipeline, settings: dict, steps: int, scale: float | None, prompts: list[str], args, name: str):
     """Images (B, 3, H, W); with `scale` None as a student: unguided, on the grid that it was trained on."""
-    family = family_of(pipeline, settings["sample_height"], settings["sample_width"])
-    family.limit_prompts(settings["max_sequence_length"])
+    size = settings["sample_height"], settings["sample_width"]
+    family = family_of(pipeline, *size, settings["max_sequence_length"])
     scheduler = pipeline.scheduler
     if scale is None:
         family.make_student_scheduler(steps, settings["sample_sigmas"], settings["sample_timesteps"])

@@ -102,8 +102,7 @@ class RdmDistillTrainer(Trainer):
             dtype = torch.bfloat16 if config.bf16 else torch.float32
             sd_pipeline = load_pipeline(sd_pipeline, dtype)
         self.sd_pipeline = sd_pipeline
-        self.family = family_of(sd_pipeline, config.sample_height, config.sample_width)
-        self.family.limit_prompts(config.max_sequence_length)
+        self.family = family_of(sd_pipeline, config.sample_height, config.sample_width, config.max_sequence_length)
         self.base_model = sd_pipeline.config.get("_name_or_path") or sd_pipeline.name_or_path
         self.is_demo = self.base_model == DEMO_PIPELINE
         self.encode, self.encode_negative = prompt_caches(self.family, config, self.base_model)
@@ -133,8 +132,6 @@ class RdmDistillTrainer(Trainer):
         # Model: one frozen denoiser and its adapters, equal on all processes
         set_seed(config.seed)
         roles = make_roles(self.family, peft_config, teacher_lora, student_lora)
-        if config.torch_compile:
-            roles.compile_denoiser(config.torch_compile_backend, config.torch_compile_mode)
         self.teacher_lora, self.student_lora = (path and str(path) for path in (teacher_lora, student_lora))
 
         super().__init__(
@@ -146,6 +143,9 @@ class RdmDistillTrainer(Trainer):
             callbacks=[EmaCallback(), DriftWarningCallback(), SampleGridCallback(self), *(callbacks or [])],
             optimizers=optimizers,
         )
+        if config.torch_compile:  # every role; `Trainer` by itself would compile the student's training pass alone
+            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
+            roles.compile_denoiser(config.torch_compile_backend, config.torch_compile_mode)
         self.stop_callback = StopOnSignalCallback()
         self.add_callback(self.stop_callback)
         self.model_accepts_loss_kwargs = False  # `Roles.forward` takes any keyword, but no token count
@@ -161,16 +161,10 @@ class RdmDistillTrainer(Trainer):
         self.metrics = {}
         self.cost = {"updates": 0, "rollouts": 0, "teacher_evaluations": 0, "seconds": 0.0}
         self._experiences, self._trusted, self._accumulated = [], True, 0
-        self._fake_batches = []
-        self._measured = {}
+        self._fake_batches, self._measured = [], {}
         self._records = defaultdict(list)
 
     # -------------------------------------------------------------------------------------------------- data and roles
-
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        # Roles compile what they call; `Trainer` by itself would compile the student's training pass alone.
-        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         args = self.args

@@ -54,16 +54,24 @@ def load_pipeline(name_or_path: str | Path, dtype: torch.dtype) -> DiffusionPipe
         ) from error
 
 
-def family_of(pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None) -> PipelineFamily:
+def family_of(
+    pipeline: DiffusionPipeline,
+    height: int | None = None,
+    width: int | None = None,
+    max_sequence_length: int | None = None,
+) -> PipelineFamily:
     """
-    The family of `pipeline`, for images of `height` and `width` pixels, by default the pipeline's own.
+    The family of `pipeline`, for images of `height` and `width` pixels and prompts of so many tokens at most; all by
+    default the pipeline's own.
 
     Raises:
-        ValueError: the pipeline's class has no family, or cannot draw that size.
+        ValueError: the pipeline's class has no family, cannot draw that size, or has no limit for prompts.
     """
     for family in FAMILIES:
         if isinstance(pipeline, family.pipeline_class):
-            return family(pipeline, height, width)
+            found = family(pipeline, height, width)
+            found.limit_prompts(max_sequence_length)
+            return found
     supported = ", ".join(family.pipeline_class.__name__ for family in FAMILIES)
     raise ValueError(
         f"{type(pipeline).__name__} is not supported yet. Supported pipelines: {supported}. docs/families.md says how "
