@@ -20,11 +20,13 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer
 from rdm_trl._trl import make_parser
 from rdm_trl.hub import figures_table
+from rdm_trl.pipelines import load_pipeline
 from rdm_trl.prompts import load_prompts
 
 
@@ -39,6 +41,10 @@ class ScriptArguments:
 
         model_name_or_path (`str`, *optional*):
             The teacher, a pipeline's path or Hub id; the embedded pipeline by default.
+        load_in_8bit (`bool`, *optional*, defaults to `False`):
+            Hold the frozen denoiser in 8 bits (bitsandbytes, LLM.int8); needs a GPU.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Hold the frozen denoiser in 4 bits (bitsandbytes, NF4); needs a GPU.
         dataset_name (`str`, *optional*):
             Hub id of a data set with a `prompt` column, or a file: txt (a prompt a line), json, jsonl, csv, parquet.
             The embedded pipeline brings its own.
@@ -63,6 +69,8 @@ class ScriptArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "The teacher: a pipeline's path or Hub id."}
     )
+    load_in_8bit: bool = field(default=False, metadata={"help": "The frozen denoiser in 8 bits; needs a GPU."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "The frozen denoiser in 4 bits; needs a GPU."})
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set with a `prompt` column, or a txt, json, csv or parquet file."}
     )
@@ -78,6 +86,17 @@ class ScriptArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Layers of the adapters; those of LCM-LoRA by default."}
     )
+
+
+def teacher_of(script_args: ScriptArguments, config: RdmDistillConfig) -> str | DiffusionPipeline | None:
+    """What the trainer takes as `sd_pipeline`: where the denoiser is to be quantized, the pipeline itself."""
+    name, bits = script_args.model_name_or_path, {(True, False): 8, (False, True): 4}
+    wanted = (script_args.load_in_8bit, script_args.load_in_4bit)
+    if not any(wanted):
+        return name
+    if all(wanted) or name is None:
+        raise ValueError("Give one of `load_in_8bit` and `load_in_4bit`, and `model_name_or_path`.")
+    return load_pipeline(name, torch.bfloat16 if config.bf16 else torch.float32, bits[wanted])
 
 
 def main(argv: list[str]):
@@ -108,7 +127,7 @@ def main(argv: list[str]):
         )
     trainer = RdmDistillTrainer(
         config,
-        sd_pipeline=script_args.model_name_or_path,
+        sd_pipeline=teacher_of(script_args, config),
         train_dataset=dataset,
         peft_config=peft_config,
         teacher_lora=script_args.teacher_lora,

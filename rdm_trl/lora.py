@@ -44,6 +44,8 @@ def make_roles(
                 "`teacher_lora` and `student_lora` need LoRAs, and `peft_config=False` has none: fuse them into the "
                 "pipeline first."
             )
+        if getattr(family.denoiser, "is_quantized", False):  # diffusers sets it only where it is so
+            raise ValueError("`peft_config=False` trains copies of the denoiser, which must not be quantized.")
         return FullRoles(family.denoiser)
     teacher = read_lora(family, teacher_lora, "teacher_lora") if teacher_lora is not None else None
     student = read_lora(family, student_lora, "student_lora") if student_lora is not None else None

@@ -218,6 +218,6 @@ def plan(model: str, gpu_memory: float, **options) -> str:
     else:
         lines.append(
             f"\nDoes not fit in {gpu_memory:g} GiB with {settings['per_device_train_batch_size']} images a step. Take "
-            "a quantized base (`quantization_config` of diffusers), fewer pixels, or a larger device."
+            "a quantized base (`--load_in_4bit`, docs/performance.md), fewer pixels, or a larger device."
         )
     return "\n".join(lines)
