@@ -3,15 +3,18 @@
 # dependencies = ["rdm_trl[eval]"]
 # ///
 """
-Compares methods on the embedded teacher, or another of the same prompts, over paired seeds: the same prompts, noise
-and number of updates, one option apart. Every run is kept in a file (a second call goes on where the first stopped);
-all end in `results.json`, a table with means, spreads and bootstrap intervals of the paired differences, and pictures.
+Compares methods on the embedded teacher, or others of the same prompts, over paired seeds: the same prompts and noise,
+one option apart, at equal updates, images drawn or teacher evaluations (`--budget`). Every run is kept in a file (a
+second call goes on where the first stopped); all end in `results.json`, a table with means, spreads and bootstrap
+intervals of the paired differences, and pictures, in a folder for each teacher.
 
 A method may change options of its own, `gndm,num_iterations=4`, and names its rewards with their weights:
 `gndmr+classifier@0.3`, `constrained,target_dm=0.002+classifier@1`. Runs with rewards start from the checkpoint that
 the plain method (dmd or gndm) left after `reward_warmup` updates, which is what they would have reached themselves.
 
 python examples/compare_methods.py --methods dmd gndm --seeds 100 101 102 103 104
+python examples/compare_methods.py --methods gndm gndm,num_iterations=2 --budget rollouts \
+    --teachers embedded outputs/flow_teacher,max_sequence_length=10
 python examples/compare_methods.py --methods dmd gndm dmdr+classifier@0.02 gndmr+classifier@0.3 --set reward_warmup=100
 python examples/compare_methods.py --teacher outputs/flow_teacher --output_dir outputs/compare_flow \
     --set max_sequence_length=10    # the one that train_teacher.py --stages flow makes
@@ -59,9 +62,21 @@ def parse_args():
         "--methods", nargs="+", default=["dmd", "gndm"], metavar="METHOD[,OPTION=YAML...][+REWARD@WEIGHT...]"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[100, 101, 102, 103, 104])
-    parser.add_argument("--teacher", help="pipeline that draws the demo's prompts; by default the embedded one")
+    parser.add_argument(
+        "--teachers",
+        nargs="+",
+        default=["embedded"],
+        metavar="TEACHER[,OPTION=YAML...]",
+        help="folders of pipelines that draw the demo's prompts, or embedded",
+    )
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "gndm.yaml")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=YAML", help="such as learning_rate=2.0e-4")
+    parser.add_argument(
+        "--budget",
+        choices=["updates", "rollouts", "teacher_evaluations"],
+        default="updates",
+        help="what is equal: each method gets the updates that cost as much as `max_steps` of the first",
+    )
     parser.add_argument("--eval_steps", type=int, default=50, help="updates between two points of a curve")
     parser.add_argument("--num_images", type=int, default=2400)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
@@ -91,6 +106,15 @@ def options_of(method: str) -> dict:
     return options
 
 
+def cost_of_update(options: dict, budget: str) -> float:
+    """What an update with these options takes of the budget, in batches."""
+    if budget == "updates":
+        return 1.0
+    guided = budget == "teacher_evaluations" and options.get("sample_guidance_scale", 1.75) > 1
+    images = options.get("per_device_train_batch_size", 32) * options.get("gradient_accumulation_steps", 1)
+    return images * (1 + guided) / options.get("num_iterations", 1)
+
+
 def plain(method: str) -> str:
     """The method itself, or distribution matching alone where it has rewards."""
     return PLAIN.get(re.split("[+,]", method)[0], method)
@@ -110,6 +134,26 @@ class CurveCallback(TrainerCallback):
             figures = self.measure(self.trainer, "student")
             self.curve.append({"step": state.global_step, **figures, **mixing, **cost})
         control.should_save = state.global_step == args.reward_warmup
+
+
+class Measure:
+    """Figures of the student, and once of the teacher and the base, on the same images for all runs."""
+
+    def __init__(self, num_images: int, rewards: list[str]):
+        self.prompts = [DEMO_PROMPTS[i % len(DEMO_PROMPTS)] for i in range(num_images)]
+        self.rewards, self.score = rewards, Scorer([resolve_reward(name) for name in rewards])
+        self.judge, self.known = load_demo_judge(), {}
+
+    def __call__(self, trainer: RdmDistillTrainer, who: str) -> dict[str, float]:
+        if who in self.known:
+            return self.known[who]
+        images = trainer.sample(who, self.prompts, seed=EVAL_SEED)
+        values, _ = self.score(images, self.prompts, [None] * len(self.prompts))
+        named = {f"reward/{name}": v for name, v in zip(self.rewards, values.mean(0).tolist(), strict=True)}
+        figures = {**self.judge(who, images, self.prompts), **named}
+        if who != "student":
+            self.known[who] = figures
+        return figures
 
 
 def run(measure, teacher: str | None, options: dict, checkpoint: Path | None, folder: Path, eval_steps: int) -> dict:
@@ -266,35 +310,29 @@ def plot_trade_offs(results: dict, methods: list[str], seeds: list[int], path: P
 
 def main():
     args = parse_args()
-    runs = args.output_dir / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    options = {**yaml.safe_load(args.config.read_text()), **parse_options(args.set)}
+    for teacher in args.teachers:
+        name, *changes = teacher.split(",")
+        compare(args, None if name == "embedded" else name, parse_options(changes), args.output_dir / Path(name).name)
+
+
+def compare(args, teacher: str | None, changes: dict, output_dir: Path):
+    """All methods and seeds on one teacher, with its own changes of the options."""
+    runs = output_dir / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    options = {**yaml.safe_load(args.config.read_text()), **parse_options(args.set), **changes}
     settings = {
         "options": options,
         "num_images": args.num_images,
         "eval_steps": args.eval_steps,
-        "teacher": args.teacher,
+        "budget": args.budget,
+        "teacher": teacher,
     }
-    path = args.output_dir / "settings.json"
+    path = output_dir / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         raise SystemExit(f"{path} belongs to runs with other settings: give another --output_dir.")
     path.write_text(json.dumps(settings, indent=1) + "\n")
     rewards = list(dict.fromkeys(name for m in args.methods for name in options_of(m).get("reward_funcs", [])))
-    score, judge, known = Scorer([resolve_reward(name) for name in rewards]), load_demo_judge(), {}
-    prompts = [DEMO_PROMPTS[i % len(DEMO_PROMPTS)] for i in range(args.num_images)]
-
-    def measure(trainer, who):
-        if who in known:
-            return known[who]
-        images = trainer.sample(who, prompts, seed=EVAL_SEED)
-        values, _ = score(images, prompts, [None] * len(prompts))
-        named = {f"reward/{name}": value for name, value in zip(rewards, values.mean(0).tolist(), strict=True)}
-        figures = {**judge(who, images, prompts), **named}
-        if who != "student":
-            known[who] = figures
-        return figures
-
     methods = list(dict.fromkeys([plain(m) for m in args.methods] + args.methods))
     for file in (runs / f"{m}-{s}.json" for m in methods for s in args.seeds):
         missing = [name for name in rewards if file.exists() and f"reward/{name}" not in file.read_text()]
@@ -302,29 +340,33 @@ def main():
             raise SystemExit(
                 f"{file} was measured without {', '.join(missing)}: remove it, or give another --output_dir."
             )
+    measure = Measure(args.num_images, rewards)
+    allowed = options["max_steps"] * cost_of_update({**options, **options_of(methods[0])}, args.budget)
     todo = [(m, s) for s in args.seeds for m in methods if not (runs / f"{m}-{s}.json").exists()]
-    for method, seed in tqdm(todo, desc="runs"):
+    for method, seed in tqdm(todo, desc=f"runs, {output_dir.name}"):
         checkpoint = None
         if plain(method) != method and options.get("reward_warmup"):
             checkpoint = runs / f"{plain(method)}-{seed}" / f"checkpoint-{options['reward_warmup']}"
         folder = runs / f"{method}-{seed}"
         chosen = {**options, **options_of(method), "seed": seed}
-        result = run(measure, args.teacher, chosen, checkpoint, folder, args.eval_steps)
+        if args.budget != "updates":
+            chosen["max_steps"] = round(allowed / cost_of_update(chosen, args.budget))
+        result = run(measure, teacher, chosen, checkpoint, folder, args.eval_steps)
         (runs / f"{method}-{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
         if plain(method) != method:
             shutil.rmtree(folder)
 
     results = {f"{m}-{s}": json.loads((runs / f"{m}-{s}.json").read_text()) for m in methods for s in args.seeds}
-    (args.output_dir / "results.json").write_text(json.dumps({**settings, **results}, indent=1) + "\n")
+    (output_dir / "results.json").write_text(json.dumps({**settings, **results}, indent=1) + "\n")
     text = table(results, methods, args.seeds, [*FIGURES, *(f"reward/{name}" for name in rewards)])
     if rewards:
         text += "\n\n" + matched(results, methods, args.seeds)
         text += "\n\n" + budgets(results, methods, args.seeds)
-        plot_trade_offs(results, methods, args.seeds, args.output_dir / "trade_offs.png")
+        plot_trade_offs(results, methods, args.seeds, output_dir / "trade_offs.png")
     note = f"{options['max_steps']} updates, seeds {args.seeds}, {args.num_images} images, {evaluation.machine()}."
-    (args.output_dir / "table.md").write_text(f"{text}\n\n{note}\n")
-    plot_curves(results, [m for m in methods if plain(m) == m], args.seeds, args.output_dir / "curves.png")
-    print(f"\n{text}\n\n{note}\n{args.output_dir}")
+    (output_dir / "table.md").write_text(f"{text}\n\n{note}\n")
+    plot_curves(results, [m for m in methods if plain(m) == m], args.seeds, output_dir / "curves.png")
+    print(f"\n{text}\n\n{note}\n{output_dir}")
 
 
 if __name__ == "__main__":
