@@ -93,7 +93,7 @@ def draw_group(path: Path):
     x = (1 - SIGMA) * x0 + SIGMA * torch.randn(4)
     teacher = denoised(TEACHER, x)
     direction = (teacher - denoised(STUDENT, x))[:, None]
-    probe = Probe(direction, (x0 - teacher).abs(), torch.zeros(4))
+    probe = Probe(direction, (x0 - teacher).abs()[:, None], torch.zeros(4))
     figure, axes = plt.subplots(1, 3, figsize=(8, 2.4), sharex=True)
     rows = (
         ("direction $r$, and scale $N$", None, GREY),
@@ -103,7 +103,7 @@ def draw_group(path: Path):
     for axis, (title, values, color) in zip(axes, rows, strict=True):
         if values is None:
             axis.bar(torch.arange(4) - 0.2, direction[:, 0], 0.4, color=color)
-            axis.bar(torch.arange(4) + 0.2, probe.scale, 0.4, color="white", edgecolor=color)
+            axis.bar(torch.arange(4) + 0.2, probe.distance[:, 0], 0.4, color="white", edgecolor=color)
         else:
             axis.bar(torch.arange(4), values, 0.6, color=color)
         axis.axhline(0, color="black", lw=0.8)

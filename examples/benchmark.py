@@ -162,7 +162,9 @@ class DmdLoop:
         self.student_optimizer.step()
         self.student_optimizer.zero_grad()
         for _ in range(SETTINGS["fake_updates"]):
-            x0 = self.draw().x0
+            rollout = self.draw()
+            with torch.no_grad():
+                x0 = self.x0(self.student, rollout.exit_latents, rollout.exit_timesteps, self.condition)
             timesteps, noise = self.process.timesteps_at(torch.rand(len(x0))), torch.randn_like(x0)
             x_t = self.process.add_noise(x0, noise, timesteps)
             predicted = self.x0(self.fake, x_t, timesteps, self.condition)
@@ -219,7 +221,7 @@ def measure(way: str, teacher: str, updates: int) -> dict:
         watch.wrap(trainer, "rollout", "rollout")
         watch.wrap(trainer, "predict_teacher", "teacher")
         watch.wrap(trainer, "_feedback", "fake score's judgement")
-        watch.wrap(trainer, "compute_loss", "student, forward")
+        watch.wrap(trainer, "_predict_exits", "student, forward")
         watch.wrap(trainer.accelerator, "backward", "student, backward")
         watch.wrap(trainer, "update_fake", "fake score's updates")
         trainer.train()

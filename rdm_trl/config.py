@@ -134,6 +134,10 @@ class RdmDistillConfig(TrainingArguments):
         dm_normalization (`str`, *optional*, defaults to `"group"`):
             What divides R_dm's direction: `"group"`, the scale averaged over the images of a prompt (GNDM);
             `"sample"`, each image's own scale (DMD); `"batch"`, the average over all images; `"none"`, nothing.
+        dm_normalization_level (`str`, *optional*, defaults to `"image"`):
+            What has a scale of its own: `"image"`, so that a direction's length is normalised (DMD's); `"element"`,
+            each element of the latents, which then move in units of their own spread (an ablation, for `"group"` and
+            `"batch"`, which average it over several images).
         dm_timestep_sampling (`str`, *optional*, defaults to `"shared"`):
             How the noise levels of R_dm are drawn: `"shared"`, one draw for each prompt, so that a group's scale is
             that of one level; `"uniform"`, an independent draw for each image; `"stratified"`, one draw from each of
@@ -295,6 +299,10 @@ class RdmDistillConfig(TrainingArguments):
             "choices": ["group", "sample", "batch", "none"],
         },
     )
+    dm_normalization_level: str = field(
+        default="image",
+        metadata={"help": "What has a scale of its own.", "choices": ["image", "element"]},
+    )
     dm_timestep_sampling: str = field(
         default="shared",
         metadata={
@@ -399,6 +407,7 @@ class RdmDistillConfig(TrainingArguments):
         super().__post_init__()
         for name, choices in (
             ("dm_normalization", ("group", "sample", "batch", "none")),
+            ("dm_normalization_level", ("image", "element")),
             ("dm_timestep_sampling", ("shared", "uniform", "stratified")),
             ("dm_estimator", ("pathwise", "policy_gradient")),
             ("importance_sampling_level", ("element", "step", "sequence", "none")),
@@ -446,6 +455,11 @@ class RdmDistillConfig(TrainingArguments):
             raise ValueError(
                 "`dm_normalization='group'` needs `num_generations` of at least 2: one image has no group. Use "
                 "`dm_normalization='sample'` (DMD) for single images."
+            )
+        if self.dm_normalization_level == "element" and self.dm_normalization not in ("group", "batch"):
+            raise ValueError(
+                f"`dm_normalization_level='element'` is averaged over images: `dm_normalization` is "
+                f"{self.dm_normalization!r}, but must be 'group' or 'batch'."
             )
         if self.per_device_train_batch_size % self.num_generations != 0:
             raise ValueError(

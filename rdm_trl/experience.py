@@ -19,11 +19,10 @@ class Experience:
         condition (`dict[str, torch.Tensor]`): the denoiser's conditions, (B, ...) each.
         rollout (`Rollout`): states, exit steps and images.
         seen (B,): smallest noise level that matters for the images, see `policy.seen_noise`.
-        timesteps (B,), noise (B, ...): of the action, `rollout.x0` noised again, at which R_dm is probed.
+        timesteps (B,), noise (B, ...): of the action at which R_dm is probed: `rollout.x0`, the prediction of the
+            policy that acted, noised again.
         teacher (B, ...): the teacher's denoised prediction there, with guidance.
         pushes (`list`, *optional*): the rewards', as `Mixer` takes them; `None` before the rewards join.
-        old_x0 (B, ...): what the student predicted at the exit steps in the first update, the mean of the policy that
-            acted; `None` until then.
     """
 
     prompts: list[str]
@@ -34,7 +33,6 @@ class Experience:
     noise: torch.Tensor
     teacher: torch.Tensor
     pushes: list[torch.Tensor] | None
-    old_x0: torch.Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)

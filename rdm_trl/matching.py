@@ -24,22 +24,26 @@ class Probe:
 
     Args:
         direction (B, ...): `mu_teacher - mu_fake`, where R_dm pulls x0, in units of x0.
-        scale (B,): mean absolute distance of x0 from the teacher's prediction, DMD's normaliser.
+        distance (B, ...): absolute distance of x0 from the teacher's prediction, whose mean is DMD's normaliser.
         reward (B,): scalar estimate of R_dm per element (see `reward_estimate`).
     """
 
     direction: torch.Tensor
-    scale: torch.Tensor
+    distance: torch.Tensor
     reward: torch.Tensor
 
-    def figures(self) -> dict[str, torch.Tensor]:
-        """What is logged of it."""
-        return {
+    def figures(self, num_generations: int) -> dict[str, torch.Tensor]:
+        """What is logged of it, where the images of a prompt are `num_generations` neighbours."""
+        figures = {
             "rewards/distribution_matching/mean": self.reward.mean(),
             "rewards/distribution_matching/std": self.reward.std(),
-            "dm/scale": self.scale.mean(),
+            "dm/scale": self.distance.mean(),
             "dm/direction": self.direction.abs().mean(),
         }
+        if num_generations > 1:
+            scale = self.distance.flatten(1).mean(1).view(-1, num_generations)
+            figures["dm/scale_spread"] = (scale.std(1) / scale.mean(1)).mean()
+        return figures
 
 
 def draw_fractions(num_groups: int, num_generations: int, sampling: str, low, high):
@@ -77,7 +81,7 @@ def probe(
     teacher, fake = predict_teacher(x_t, timesteps), predict_fake(x_t, timesteps)
     return Probe(
         direction=teacher - fake,
-        scale=(x0 - teacher).abs().flatten(1).mean(1),
+        distance=(x0 - teacher).abs(),
         reward=reward_estimate(teacher, fake, x0, timesteps, process),
     )
 
@@ -95,23 +99,32 @@ def reward_estimate(teacher, fake, x0, timesteps: torch.Tensor, process: NoisePr
     return ((a / b).square() * difference).flatten(1).mean(1)
 
 
-def normalize(probe: Probe, normalization: str, num_generations: int, eps: float = 1e-6) -> torch.Tensor:
+def normalize(
+    probe: Probe, normalization: str, num_generations: int, level: str = "image", eps: float = 1e-6
+) -> torch.Tensor:
     """
-    The advantage (B, ...) of the direction form: `direction / scale`, with the scale averaged as `normalization` says.
+    The advantage (B, ...) of the direction form: `direction / scale`, where the scale is a mean of `distance`.
 
     Args:
-        normalization (`str`): `"sample"`, each image's own scale (DMD and DMD2); `"group"`, the mean over the images
-            of its prompt (GNDM, our reconstruction): images of a group keep their relative sizes, and only the length
-            of their common direction is normalised; `"batch"`, the mean over all images; `"none"`.
+        normalization (`str`): over which images: `"sample"`, each image alone (DMD and DMD2); `"group"`, the images of
+            its prompt (GNDM, our reconstruction), which keep their relative sizes; `"batch"`, all images; `"none"`
+            divides by nothing.
         num_generations (`int`): images a prompt; the images of a prompt are neighbours.
+        level (`str`): over which elements: `"image"`, all of an image, so that only the length of its direction
+            changes (DMD); `"element"`, each latent element alone, which several images are needed to estimate: every
+            element then moves in units of its own spread.
     """
-    scale = probe.scale
     if normalization == "none":
         return probe.direction
+    scale = probe.distance
+    if level == "image":
+        scale = scale.mean(tuple(range(1, scale.ndim)), keepdim=True)
+    elif level != "element":
+        raise ValueError(f"Unknown level {level!r}: image or element.")
     if normalization == "group":
-        scale = scale.view(-1, num_generations).mean(1).repeat_interleave(num_generations)
+        scale = scale.unflatten(0, (-1, num_generations)).mean(1).repeat_interleave(num_generations, 0)
     elif normalization == "batch":
-        scale = scale.mean().expand_as(scale)
+        scale = scale.mean(0, keepdim=True)
     elif normalization != "sample":
         raise ValueError(f"Unknown normalization {normalization!r}: one of group, sample, batch, none.")
-    return probe.direction / (scale + eps).view((-1,) + (1,) * (probe.direction.ndim - 1))
+    return probe.direction / (scale + eps)

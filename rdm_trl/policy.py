@@ -26,13 +26,13 @@ class Rollout:
         latents (B, K + 1, ...): `latents[:, k]` is the state at `timesteps[k]`, `latents[:, K]` the final image.
             Images that stopped at their exit step are zero behind it.
         exit_steps (B,): the step k at which each image is trained.
-        x0 (B, ...): the student's prediction at its exit step.
+        x0 (B, ...): the student's prediction at its exit step; `None` until the update that trains it has made it.
     """
 
     timesteps: torch.Tensor
     latents: torch.Tensor
     exit_steps: torch.Tensor
-    x0: torch.Tensor
+    x0: torch.Tensor | None = None
 
     @property
     def exit_latents(self) -> torch.Tensor:
@@ -89,25 +89,22 @@ def rollout(
         predict_x0 (`Callable`): `(x_t, timesteps, rows) -> x0` for the batch's `rows` (a tensor of indices).
         timesteps (K,): the student's grid.
         noise (B, K, ...): `noise[:, 0]` starts each image, `noise[:, k]` re-noises it to `timesteps[k]`.
-        exit_steps (B,): in `0 ... K - 1`; an image is not evaluated behind its exit step,
+        exit_steps (B,): in `0 ... K - 1`; an image gets to the state at its exit step, where its update goes on,
         complete (`bool`): unless all K steps are wanted of all images.
     """
     num_images, num_steps = noise.shape[:2]
     latents = noise.new_zeros((num_images, num_steps + 1, *noise.shape[2:]))
     latents[:, 0] = noise[:, 0]
-    exit_x0 = torch.zeros_like(noise[:, 0])
     for k in range(num_steps):
-        rows = torch.arange(num_images, device=noise.device) if complete else (exit_steps >= k).nonzero().squeeze(1)
+        rows = torch.arange(num_images, device=noise.device) if complete else (exit_steps > k).nonzero().squeeze(1)
         if len(rows) == 0:
             break
         x0 = predict_x0(latents[rows, k], timesteps[k].expand(len(rows)), rows)
-        leaving = exit_steps[rows] == k
-        exit_x0[rows[leaving]] = x0[leaving]
         if k + 1 < num_steps:
             latents[rows, k + 1] = process.add_noise(x0, noise[rows, k + 1], timesteps[k + 1].expand(len(rows)))
         else:
             latents[rows, k + 1] = x0
-    return Rollout(timesteps, latents, exit_steps, exit_x0)
+    return Rollout(timesteps, latents, exit_steps)
 
 
 def log_prob(next_latents: torch.Tensor, x0: torch.Tensor, next_timesteps: torch.Tensor, process: NoiseProcess):

@@ -213,28 +213,33 @@ class RdmDistillTrainer(Trainer):
             self.update_fake()
         seconds = time.perf_counter() - start
         self.cost["seconds"] += seconds
-        self._record("step_time", seconds)
-        self._record("samples_per_second", self.args.per_device_train_batch_size * self.args.world_size / seconds)
+        speed = self.args.per_device_train_batch_size * self.args.world_size / seconds
+        self._record({"step_time": seconds, "samples_per_second": speed})
         return loss
 
     def _prepare_inputs(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """The experience that this step learns from, new or used again, and what it says to the student now."""
+        """The experience that this step learns from, what the student predicts there, and what is said to it now."""
         args = self.args
         step = self.state.global_step * args.gradient_accumulation_steps + self._accumulated
         position = step % (args.steps_per_generation * args.num_iterations)
         if position == 0:
             self._experiences, self._trusted = [], True
-        if position >= args.steps_per_generation and self._trusted:
+        used = position >= args.steps_per_generation and self._trusted
+        if used:
             experience = self._experiences[position % args.steps_per_generation]
+            x0 = self._predict_exits(experience.rollout, experience.condition)
         else:
-            experience = self._collect(rows)
+            experience, x0 = self._collect(rows)
             if args.num_iterations > 1 and self._trusted:
                 self._experiences.append(experience)
-        return {"experience": experience, "feedback": self._feedback(experience)}
+        return {"experience": experience, "used": used, "x0": x0, "feedback": self._feedback(experience)}
 
-    @torch.no_grad()
-    def _collect(self, rows: list[dict[str, Any]]) -> Experience:
-        """A rollout of the student, judged by the rewards and the teacher."""
+    def _predict_exits(self, rollout: policy.Rollout, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The student's x0 (B, ...) at its exit steps, with the graph of its update."""
+        return self.predict_x0(self.model_wrapped, "student", rollout.exit_latents, rollout.exit_timesteps, condition)
+
+    def _collect(self, rows: list[dict[str, Any]]) -> tuple[Experience, torch.Tensor]:
+        """A rollout of the student, judged by the rewards and the teacher; and the student's prediction in it."""
         args, device = self.args, self.accelerator.device
         prompts, metadata = split_rows(rows)
         num_groups = len(prompts) // args.num_generations
@@ -250,38 +255,40 @@ class RdmDistillTrainer(Trainer):
             rollout = self.rollout(condition, exit_steps.to(device), complete)
         if complete:
             images = self.family.decode(rollout.latents[:, -1])
-            self._record("x0/saturation", ((images < 1 / 255) | (images > 254 / 255)).float().mean())
+            self._record({"x0/saturation": ((images < 1 / 255) | (images > 254 / 255)).float().mean()})
         if asked and self.rewards.black_boxes:
             answers = self.rewards.score_black_boxes.start(images, prompts, metadata)
+        # The rollout's last pass is that of the student's update. Not where a reward is differentiated through the
+        # autoencoder: the two graphs would be in memory together.
+        with torch.set_grad_enabled(not (asked and self.rewards.differentiable)):
+            x0 = self._predict_exits(rollout, condition)
+        rollout.x0 = x0.detach()
+        self._check_finite("student's prediction", rollout.x0.flatten(1).sum(1), prompts)
         if args.dm_subintervals:
             seen = policy.seen_noise(exit_steps, self.student_timesteps.cpu(), self.process.num_train_timesteps)
         low, high = args.dm_timestep_range
-        fractions = matching.draw_fractions(
-            num_groups, args.num_generations, args.dm_timestep_sampling, seen.clamp(min=low), high
-        )
+        bounds = args.dm_timestep_sampling, seen.clamp(min=low), high
+        fractions = matching.draw_fractions(num_groups, args.num_generations, *bounds)
         timesteps, noise = self.process.timesteps_at(fractions).to(device), torch.randn_like(rollout.x0)
         with self.accelerator.autocast():
             x_t = self.process.add_noise(rollout.x0, noise, timesteps)
             teacher = self.predict_teacher(x_t, timesteps, condition)
 
-        rewards, reward_metadata = torch.full((len(prompts), len(self.rewards.functions)), torch.nan), {}
-        pushes = None
+        rewards, pushes, told = torch.full((len(prompts), len(self.rewards.functions)), torch.nan), None, {}
         if asked:
-            rewards, pushes, reward_metadata = self.rewards.ask(
-                answers, rollout.x0, self.family.decode, prompts, metadata
-            )
-            for name, value in self.rewards.figures(gather(rewards)).items():
-                self._record(name, value)
+            rewards, pushes, told = self.rewards.ask(answers, rollout.x0, self.family.decode, prompts, metadata)
+            self._record(self.rewards.figures(gather(rewards)))
         if self.state.global_step < args.reward_warmup:
             pushes = None
         if shows and self.is_world_process_zero():
             shown = rewards[:, 0] if rewards.shape[1] == 1 else rewards
-            self.image_samples_callback(
-                [[images, prompts, metadata, shown, reward_metadata]], self.state.global_step, ImageTracker(self)
-            )
-        for name, value in rollout.figures(args.num_generations).items():
-            self._record(name, value)
-        return Experience(prompts, condition, rollout, seen, timesteps, noise, teacher, pushes)
+            shown = [[images, prompts, metadata, shown, told]]
+            self.image_samples_callback(shown, self.state.global_step, ImageTracker(self))
+        self._record(rollout.figures(args.num_generations))
+        if not x0.requires_grad:
+            x0 = self._predict_exits(rollout, condition)
+            rollout.x0 = x0.detach()  # the same but for rounding, and the importance ratio must start at 1
+        return Experience(prompts, condition, rollout, seen, timesteps, noise, teacher, pushes), x0
 
     def _feedback(self, experience: Experience) -> Feedback:
         """What `experience` says to the student, against the fake score of now."""
@@ -296,14 +303,12 @@ class RdmDistillTrainer(Trainer):
                 timesteps,
             )
         self._check_finite("R_dm", probe.direction.flatten(1).abs().sum(1), experience.prompts)
-        for name, value in probe.figures().items():
-            self._record(name, value)
+        self._record(probe.figures(args.num_generations))
         dm = distribution_matching_push(probe, experience, self.process, args)
         if experience.pushes is None:
             return Feedback(args.dm_weight * dm, torch.zeros(len(dm), device=dm.device))
         feedback = self.rewards.mix(dm, experience.pushes, rollout, self.process, probe.reward)
-        for name, value in self.rewards.mixing_figures().items():
-            self._record(name, value)
+        self._record(self.rewards.mixing_figures())
         return feedback
 
     def rollout(self, condition: dict[str, torch.Tensor], exit_steps: torch.Tensor, complete: bool):
@@ -318,32 +323,26 @@ class RdmDistillTrainer(Trainer):
         return policy.rollout(predict, self.process, self.student_timesteps, noise, exit_steps, complete)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, experience, feedback = self.args, inputs["experience"], inputs["feedback"]
-        rollout, timesteps = experience.rollout, experience.timesteps
-        x0 = self.predict_x0(model, "student", rollout.exit_latents, rollout.exit_timesteps, experience.condition)
-        first, fresh = experience.old_x0 is None, x0.detach()
-        self._check_finite("student's prediction", fresh.flatten(1).sum(1), experience.prompts)
+        args, experience, feedback, x0 = self.args, inputs["experience"], inputs["feedback"], inputs["x0"]
+        rollout, timesteps, fresh = experience.rollout, experience.timesteps, x0.detach()
         direction = feedback.direction
-        if first:
-            experience.old_x0 = fresh
-        else:
+        if inputs["used"]:
+            self._check_finite("student's prediction", fresh.flatten(1).sum(1), experience.prompts)
             action = self.process.add_noise(rollout.x0, experience.noise, timesteps)
-            log_ratio = policy.log_ratio(action, fresh, experience.old_x0, timesteps, self.process)
+            log_ratio = policy.log_ratio(action, fresh, rollout.x0, timesteps, self.process)
             ratio = policy.importance_ratio(log_ratio, args.importance_sampling_level)
             weight = losses.clip_ratio(ratio, args.epsilon, args.epsilon_high)
             direction = weight * direction
-            for name, value in policy.ratio_figures(ratio, weight).items():
-                self._record(name, value)
-            kl = gather(policy.action_kl(fresh, experience.old_x0, timesteps, self.process)).mean()
-            self._record("ratio/kl", kl)
+            kl = gather(policy.action_kl(fresh, rollout.x0, timesteps, self.process)).mean()
+            self._record({**policy.ratio_figures(ratio, weight), "ratio/kl": kl})
             # Too far from the policy that acted: the rest of the loop gets rollouts of its own.
             self._trusted &= args.target_kl is None or bool(kl <= args.target_kl)
         loss = losses.student_loss(x0, direction)
         if self.rewards.black_boxes:
             loss = loss + self._transition_loss(x0, experience, feedback.advantage)
         # What this forward pass shows of the student is what its fake score has to know next.
-        self._fake_batches.append((rollout.x0 if first else fresh, experience.condition, experience.seen))
-        self._record("loss/student", loss)
+        self._fake_batches.append((fresh, experience.condition, experience.seen))
+        self._record({"loss/student": loss})
         return (loss, x0) if return_outputs else loss
 
     def _transition_loss(self, x0: torch.Tensor, experience: Experience, advantages: torch.Tensor) -> torch.Tensor:
@@ -354,7 +353,7 @@ class RdmDistillTrainer(Trainer):
             return x0.sum() * 0
         following = rollout.exit_steps[rows] + 1
         action, next_timesteps = rollout.latents[rows, following], rollout.timesteps[following]
-        log_ratio = policy.log_ratio(action, x0[rows], experience.old_x0[rows], next_timesteps, self.process)
+        log_ratio = policy.log_ratio(action, x0[rows], rollout.x0[rows], next_timesteps, self.process)
         ratio = policy.importance_ratio(log_ratio, self.args.importance_sampling_level)
         # Counted over the whole batch, as the distribution-matching loss is.
         return self.loss(advantages[rows], self.args.epsilon, ratio) * len(rows) / len(x0)
@@ -371,9 +370,9 @@ class RdmDistillTrainer(Trainer):
                 return losses.denoising_loss(output, self.process.target(x0, noise, timesteps))
 
         for _ in range(self.args.fake_updates):
-            self._record("loss/fake", self.fake_score.update(denoising_loss, self._fake_batches))
+            self._record({"loss/fake": self.fake_score.update(denoising_loss, self._fake_batches)})
         self._fake_batches.clear()
-        self._record("fake_learning_rate", self.fake_score.scheduler.get_last_lr()[0])
+        self._record({"fake_learning_rate": self.fake_score.scheduler.get_last_lr()[0]})
 
     def create_optimizer(self, model=None):
         """The student's optimizer, and beside it the fake score's."""
@@ -502,8 +501,9 @@ class RdmDistillTrainer(Trainer):
             self._measured[who] = prompts
         self.metrics["note"] = f"{len(prompts)} images of each model, seed {self.args.seed}, {evaluation.machine()}."
 
-    def _record(self, name: str, value):
-        self._records[name].append(torch.as_tensor(value).detach().float())
+    def _record(self, figures: dict[str, Any]):
+        for name, value in figures.items():
+            self._records[name].append(torch.as_tensor(value).detach().float())
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs and self._records:

@@ -133,6 +133,11 @@ def test_a_folder_that_is_not_writable(tmp_path, monkeypatch):
         ("max_steps:", TypeError, "`max_steps` is None, but must be an integer"),
         ("negative_prompts: 3", TypeError, "`negative_prompts` is 3, but must be text"),
         ("dm_normalization: mean", ValueError, "`dm_normalization` is 'mean', but must be one of"),
+        (
+            "dm_normalization: sample\ndm_normalization_level: element",
+            ValueError,
+            "`dm_normalization_level='element'` is averaged over images",
+        ),
         ("- max_steps", ValueError, "must contain a YAML mapping"),
     ],
 )

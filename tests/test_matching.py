@@ -66,7 +66,7 @@ def test_direction_is_the_gradient_of_the_log_density_ratio(name):
         (gradient,) = torch.autograd.grad(ratio.sum(), x_t)
         torch.testing.assert_close(a[i] / b[i] ** 2 * found.direction[i], gradient)
         mu = exact_denoiser(teacher)(x_t.detach()[None], t[i : i + 1])[0]
-        torch.testing.assert_close(found.scale[i], (x0[i] - mu).abs().mean())
+        torch.testing.assert_close(found.distance[i], (x0[i] - mu).abs())
 
 
 def test_scalar_estimate_has_the_closed_form_expectation():
@@ -124,8 +124,9 @@ def test_scalar_estimate_integrates_to_the_log_density_ratio(name):
 def test_normalisers_against_formulas():
     torch.manual_seed(0)
     direction = torch.randn(6, 2, 3)
-    scale = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0, 30.0])
-    given = Probe(direction, scale, torch.zeros(6))
+    mean = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0, 30.0])
+    spread = torch.tensor([[0.5, 1.0, 1.5], [1.5, 1.0, 0.5]])  # over the elements of an image, of mean 1
+    given = Probe(direction, mean[:, None, None] * spread, torch.zeros(6))
     for name, expected in {
         "sample": [1.0, 2.0, 3.0, 10.0, 20.0, 30.0],
         "group": [2.0, 2.0, 2.0, 20.0, 20.0, 20.0],
@@ -134,8 +135,12 @@ def test_normalisers_against_formulas():
     }.items():
         expected = direction / torch.tensor(expected)[:, None, None]
         torch.testing.assert_close(normalize(given, name, num_generations=3, eps=0.0), expected)
+        finer = expected if name == "none" else expected / spread
+        torch.testing.assert_close(normalize(given, name, 3, "element", eps=0.0), finer)
     with pytest.raises(ValueError, match="Unknown normalization 'x'"):
         normalize(given, "x", 3)
+    with pytest.raises(ValueError, match="Unknown level 'x'"):
+        normalize(given, "group", 3, "x")
 
 
 def test_sample_normaliser_is_dmd():
@@ -148,15 +153,18 @@ def test_sample_normaliser_is_dmd():
     expected = 0.5 * torch.nn.functional.mse_loss(leaf, (leaf - gradient).detach())
     expected.backward()
     other = x0.clone().requires_grad_(True)
-    given = Probe(teacher - fake, weight.flatten(), torch.zeros(4))
+    given = Probe(teacher - fake, (x0 - teacher).abs(), torch.zeros(4))
     loss = student_loss(other, normalize(given, "sample", 2, eps=0.0))
     loss.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(other.grad, leaf.grad)
 
 
-@pytest.mark.parametrize("normalization", ["group", "sample", "batch", "none"])
-def test_a_two_parameter_student_converges_to_a_gaussian_teacher(normalization):
+@pytest.mark.parametrize(
+    ("normalization", "level"),
+    [("group", "image"), ("group", "element"), ("sample", "image"), ("batch", "element"), ("none", "image")],
+)
+def test_a_two_parameter_student_converges_to_a_gaussian_teacher(normalization, level):
     """x0 = mean + spread * z, trained by the real update with exact scores, ends at the teacher's mean and spread."""
     torch.manual_seed(0)
     mean = torch.zeros(1, requires_grad=True)
@@ -170,7 +178,7 @@ def test_a_two_parameter_student_converges_to_a_gaussian_teacher(normalization):
         found = probe(
             exact_denoiser(TEACHERS["gaussian"]), exact_denoiser(fake), PROCESS, x0.detach(), torch.randn(64, 16), t
         )
-        loss = student_loss(x0, normalize(found, normalization, 4).float())
+        loss = student_loss(x0, normalize(found, normalization, 4, level).float())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -80,21 +80,27 @@ def test_a_rewards_units_do_not_matter(seed, size, shift, scale):
     torch.testing.assert_close(normalize_rewards(other, generations, "group")[:generations], found[:generations])
 
 
-@given(seeds, sizes, st.sampled_from(["group", "sample", "batch", "none"]), st.floats(0.1, 100))
+@given(seeds, sizes, st.sampled_from(["group", "sample", "batch"]), st.sampled_from(["image", "element"]))
 @examples(40)
-def test_normalised_directions(seed, size, normalization, factor):
+def test_normalised_directions(seed, size, normalization, level):
     groups, generations = size
-    direction, scale = draw(seed, groups * generations, 2, 3), draw(seed + 1, groups * generations).abs() + 0.1
-    probe = matching.Probe(direction, scale, scale)
-    found = matching.normalize(probe, normalization, generations)
+    direction, distance = (
+        draw(seed, groups * generations, 2, 3),
+        draw(seed + 1, groups * generations, 2, 3).abs() + 0.1,
+    )
+    found = matching.normalize(matching.Probe(direction, distance, distance), normalization, generations, level)
     assert found.shape == direction.shape
-    # A direction and its scale have one unit, which "none" keeps.
-    larger = matching.normalize(matching.Probe(factor * direction, factor * scale, scale), normalization, generations)
-    torch.testing.assert_close(larger, factor * found if normalization == "none" else found, atol=1e-3, rtol=1e-3)
-    # Within a group all images are divided by one number, but for "sample".
-    ratio = (direction / found).flatten(1).mean(1).view(groups, generations)
+    # A direction and its scale have one unit; at the level of elements each element has its own.
+    factor = draw(seed + 2, *((2, 3) if level == "element" else (1, 1))).exp()
+    larger = matching.Probe(factor * direction, factor * distance, distance)
+    again = matching.normalize(larger, normalization, generations, level)
+    torch.testing.assert_close(again, found, atol=1e-3, rtol=1e-3)
+    # Within a group all images are divided by the same, but for "sample"; within an image at the level of images.
+    ratio = (direction / found).view(groups, generations, 6)
     if normalization != "sample":
         torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), atol=1e-3, rtol=1e-3)
+    if level == "image":
+        torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio), atol=1e-3, rtol=1e-3)
 
 
 @given(seeds, sizes, st.integers(1, 4), st.sampled_from(["sum", "adaptive", "constrained"]))
@@ -193,11 +199,10 @@ def test_rollouts(seed, number, num_steps, complete):
     noise = draw(seed, number, num_steps, 2, 3)
     exit_steps = torch.randint(num_steps, (number,), generator=torch.Generator().manual_seed(seed))
     rollout = policy.rollout(lambda x_t, t, rows: 0.5 * x_t, process, grid, noise, exit_steps, complete)
-    assert rollout.latents.shape == (number, num_steps + 1, 2, 3) and rollout.x0.shape == (number, 2, 3)
-    torch.testing.assert_close(rollout.x0, 0.5 * rollout.exit_latents)
+    assert rollout.latents.shape == (number, num_steps + 1, 2, 3) and rollout.x0 is None
     assert torch.equal(rollout.latents[:, 0], noise[:, 0])
     for i, k in enumerate(exit_steps):
-        behind = rollout.latents[i, k + 2 :]
+        behind = rollout.latents[i, k + 1 :]
         assert (behind != 0).any() or behind.numel() == 0 if complete else (behind == 0).all()
 
 

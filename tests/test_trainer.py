@@ -37,7 +37,7 @@ def test_training_saves_a_checkpoint_that_plain_diffusers_loads(tmp_path):
         chosen = {key: value[rows] for key, value in condition.items()}
         return trainer.predict_x0(trainer.model, "ema", x_t, t, chosen)
 
-    ours = policy.rollout(predict, trainer.process, trainer.student_timesteps, noise, torch.tensor([3, 3]))
+    ours = policy.rollout(predict, trainer.process, trainer.student_timesteps, noise, torch.tensor([3, 3]), True)
     ours = trainer.family.decode(ours.latents[:, -1])
 
     def draw(pipeline):
@@ -104,9 +104,11 @@ def test_only_the_adapters_learn(tmp_path):
     assert {name.split(".")[-2] for name in changed} == {"student", "fake", "ema"}
 
 
-def test_the_student_is_trained_along_the_normalised_direction(tmp_path):
+@pytest.mark.parametrize("level", ["image", "element"])
+def test_the_student_is_trained_along_the_normalised_direction(tmp_path, level):
     """The gradient of one update, against a separate computation with plain modules."""
-    trainer = make_trainer(tmp_path, sample_guidance_scale=3.0, dm_timestep_sampling="uniform")
+    options = dict(dm_timestep_sampling="uniform", dm_normalization_level=level)
+    trainer = make_trainer(tmp_path, sample_guidance_scale=3.0, **options)
     torch.manual_seed(5)
     for name in ("student", "fake"):
         for parameter in trainer.model.adapter_parameters(name):
@@ -143,8 +145,9 @@ def test_the_student_is_trained_along_the_normalised_direction(tmp_path):
         unet.enable_adapters()
         unet.set_adapter("fake")
         fake = x0_of(unet(x_t, t, embeds).sample)
-        scale = (rollout.x0 - teacher).abs().mean((1, 2, 3)).view(2, 4).mean(1).repeat_interleave(4)
-        advantage = (teacher - fake) / (scale + 1e-6).view(-1, 1, 1, 1)
+        distance = (rollout.x0 - teacher).abs().view(2, 4, 4, 4, 4)
+        scale = distance.mean(1) if level == "element" else distance.mean((1, 2, 3, 4)).view(2, 1, 1, 1)
+        advantage = (teacher - fake) / (scale.repeat_interleave(4, 0) + 1e-6)
     unet.set_adapter("student")
     trainer.model.zero_grad()
     output = unet(rollout.exit_latents, rollout.exit_timesteps, embeds).sample
@@ -153,6 +156,24 @@ def test_the_student_is_trained_along_the_normalised_direction(tmp_path):
     expected = [p.grad for p in trainer.model.adapter_parameters("student")]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+
+
+def test_no_pass_of_the_student_is_made_twice(tmp_path, monkeypatch):
+    """An update evaluates an image of exit step k at k + 1 states, the last of them with its graph."""
+    trainer = make_trainer(tmp_path)
+    passes = []
+    forward = trainer.model.forward
+
+    def spy(role, x_t, *args, **kwargs):
+        passes.append((role, torch.is_grad_enabled(), len(x_t)))
+        return forward(role, x_t, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.model, "forward", spy)
+    inputs = trainer._prepare_inputs([{"prompt": p} for p in ("a dress", "a coat") for _ in range(4)])
+    trainer.compute_loss(trainer.model, inputs).backward()
+    exit_steps = inputs["experience"].rollout.exit_steps
+    student = {grad: sum(n for role, g, n in passes if (role, g) == ("student", grad)) for grad in (False, True)}
+    assert student == {False: exit_steps.sum().item(), True: 8}
 
 
 def test_an_exit_steps_images_are_matched_only_where_the_next_step_sees_them(tmp_path):
@@ -494,7 +515,8 @@ def test_compiled_for_every_role(tmp_path):
         counters.clear()
         compiled = {"torch_compile": True, "torch_compile_backend": backend} if backend else {}
         options = {"learning_rate": 1e-2, "max_steps": 3, "activation_checkpointing": True, **compiled}
-        trainer = make_trainer(tmp_path / str(backend), pipeline=make_sd3(), **options)
+        # As many prompts as steps: then every update has all exit steps, and the rollout's batches the same sizes.
+        trainer = make_trainer(tmp_path / str(backend), pipeline=make_sd3(), num_generations=2, **options)
 
         class CountGraphs(TrainerCallback):
             def on_step_end(self, *args, **kwargs):

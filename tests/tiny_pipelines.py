@@ -498,8 +498,8 @@ def rollout_of(trainer, case, prompt, role):
         return trainer.predict_x0(trainer.model, role, x_t, t, chosen)
 
     last = torch.tensor([len(noise) - 1])
-    latents = policy.rollout(predict, trainer.process, trainer.student_timesteps, torch.stack(noise, 1), last)
-    return family.decode(latents.latents[:, -1])
+    rollout = policy.rollout(predict, trainer.process, trainer.student_timesteps, torch.stack(noise, 1), last, True)
+    return family.decode(rollout.latents[:, -1])
 
 
 def run_card(card):

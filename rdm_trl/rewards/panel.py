@@ -41,8 +41,9 @@ def distribution_matching_push(
         advantage = over_processes(advantages, probe.reward[:, None]).squeeze(1)
         return policy.score_direction(advantage, experience.noise, experience.timesteps, process)
     if config.dm_normalization == "batch":
-        probe.scale = gather(probe.scale).mean().expand_as(probe.scale)
-    return matching.normalize(probe, config.dm_normalization, config.num_generations)
+        probe.distance = gather(probe.distance).mean(0, keepdim=True)
+    level = config.dm_normalization_level
+    return matching.normalize(probe, config.dm_normalization, config.num_generations, level)
 
 
 class RewardPanel:
