@@ -9,7 +9,7 @@ EXTRAS = {
     "test": ["pytest>=8", "scipy>=1.11", "hypothesis>=6.100", *OCR],
     "ocr": OCR,
     "eval": ["matplotlib>=3.8"],
-    "quantization": ["bitsandbytes>=0.46"],
+    "quantization": ["bitsandbytes>=0.48"],
     "docs": ["mkdocs>=1.6,<2", "pymdown-extensions>=10.14"],
 }
 

@@ -14,10 +14,8 @@ the plain method (dmd or gndm) left after `reward_warmup` updates, which is what
 
 python examples/compare_methods.py --methods dmd gndm --seeds 100 101 102 103 104
 python examples/compare_methods.py --methods gndm gndm,num_iterations=2 --budget rollouts \
-    --teachers embedded outputs/flow_teacher,max_sequence_length=10
+    --teachers embedded outputs/flow_teacher,max_sequence_length=10    # of train_teacher.py --stages flow
 python examples/compare_methods.py --methods dmd gndm dmdr+classifier@0.02 gndmr+classifier@0.3 --set reward_warmup=100
-python examples/compare_methods.py --teacher outputs/flow_teacher --output_dir outputs/compare_flow \
-    --set max_sequence_length=10    # the one that train_teacher.py --stages flow makes
 """
 
 import argparse
@@ -86,6 +84,8 @@ def parse_args():
             options_of(method)
         except (KeyError, ValueError):
             parser.error(f"{method!r} is not {FORM} with one of {', '.join(METHODS)}.")
+        if args.budget != "updates" and "max_steps" in options_of(method):
+            parser.error(f"{method!r} gets its `max_steps` from the budget of {args.budget}.")
     return args
 
 
@@ -110,9 +110,10 @@ def cost_of_update(options: dict, budget: str) -> float:
     """What an update with these options takes of the budget, in batches."""
     if budget == "updates":
         return 1.0
-    guided = budget == "teacher_evaluations" and options.get("sample_guidance_scale", 1.75) > 1
-    images = options.get("per_device_train_batch_size", 32) * options.get("gradient_accumulation_steps", 1)
-    return images * (1 + guided) / options.get("num_iterations", 1)
+    names = ("sample_guidance_scale", "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations")
+    guidance, images, accumulation, uses = (options.get(name, getattr(RdmDistillConfig, name)) for name in names)
+    guided = budget == "teacher_evaluations" and guidance > 1
+    return images * accumulation * (1 + guided) / uses
 
 
 def plain(method: str) -> str:
@@ -363,7 +364,10 @@ def compare(args, teacher: str | None, changes: dict, output_dir: Path):
         text += "\n\n" + matched(results, methods, args.seeds)
         text += "\n\n" + budgets(results, methods, args.seeds)
         plot_trade_offs(results, methods, args.seeds, output_dir / "trade_offs.png")
-    note = f"{options['max_steps']} updates, seeds {args.seeds}, {args.num_images} images, {evaluation.machine()}."
+    updates = f"{options['max_steps']} updates"
+    if args.budget != "updates":
+        updates += f" of {methods[0]}, equal {args.budget.replace('_', ' ')}"
+    note = f"{updates}, seeds {args.seeds}, {args.num_images} images, {evaluation.machine()}."
     (output_dir / "table.md").write_text(f"{text}\n\n{note}\n")
     plot_curves(results, [m for m in methods if plain(m) == m], args.seeds, output_dir / "curves.png")
     print(f"\n{text}\n\n{note}\n{output_dir}")

@@ -136,8 +136,8 @@ class RdmDistillConfig(TrainingArguments):
             `"sample"`, each image's own scale (DMD); `"batch"`, the average over all images; `"none"`, nothing.
         dm_normalization_level (`str`, *optional*, defaults to `"image"`):
             What has a scale of its own: `"image"`, so that a direction's length is normalised (DMD's); `"element"`,
-            each element of the latents, which then move in units of their own spread (an ablation, for `"group"` and
-            `"batch"`, which average it over several images).
+            each element of the latents, which then move in units of their own mean distance to the teacher (ours; for
+            `"group"` and `"batch"`, which average it over several images).
         dm_timestep_sampling (`str`, *optional*, defaults to `"shared"`):
             How the noise levels of R_dm are drawn: `"shared"`, one draw for each prompt, so that a group's scale is
             that of one level; `"uniform"`, an independent draw for each image; `"stratified"`, one draw from each of
@@ -456,10 +456,11 @@ class RdmDistillConfig(TrainingArguments):
                 "`dm_normalization='group'` needs `num_generations` of at least 2: one image has no group. Use "
                 "`dm_normalization='sample'` (DMD) for single images."
             )
-        if self.dm_normalization_level == "element" and self.dm_normalization not in ("group", "batch"):
+        several = self.dm_normalization in ("group", "batch") and self.per_device_train_batch_size > 1
+        if self.dm_normalization_level == "element" and not several:
             raise ValueError(
-                f"`dm_normalization_level='element'` is averaged over images: `dm_normalization` is "
-                f"{self.dm_normalization!r}, but must be 'group' or 'batch'."
+                "`dm_normalization_level='element'` is averaged over images: it needs `dm_normalization` 'group' or "
+                f"'batch', which is {self.dm_normalization!r}, and several images a step."
             )
         if self.per_device_train_batch_size % self.num_generations != 0:
             raise ValueError(

@@ -183,6 +183,8 @@ def write_card(
     lora_import, load_lora = trainer.model.load_code(family, repo)
     own_tags = [tag for tag in trainer._tag_names if tag != "lora" or kind == "LoRA"]
     method = METHODS[settings["dm_normalization"]]
+    if settings["dm_normalization_level"] == "element":
+        method += ", with a scale for each element of the latents"
     if settings["reward_funcs"]:
         names = ", ".join(f"`{reward}`" for reward in settings["reward_funcs"])
         method += f"; with the rewards {names} (`reward_mixing={settings['reward_mixing']!r}`)"

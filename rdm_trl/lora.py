@@ -25,8 +25,8 @@ def make_roles(
     The roles of a run; by default adapters of rank 32 on the family's layers, whole networks with `False`.
 
     Raises:
-        ValueError: one of the LoRAs is not for this pipeline, `peft_config` stands beside `student_lora`, or the
-            pipeline has a LoRA or a student already.
+        ValueError: one of the LoRAs is not for this pipeline, `peft_config` stands beside `student_lora`, the pipeline
+            has a LoRA or a student already, or whole copies of a quantized denoiser are asked for.
         TypeError: `peft_config` is another kind of adapter.
     """
     if peft_config is not False and not isinstance(peft_config, LoraConfig | None):

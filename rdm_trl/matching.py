@@ -112,7 +112,7 @@ def normalize(
         num_generations (`int`): images a prompt; the images of a prompt are neighbours.
         level (`str`): over which elements: `"image"`, all of an image, so that only the length of its direction
             changes (DMD); `"element"`, each latent element alone, which several images are needed to estimate: every
-            element then moves in units of its own spread.
+            element then moves in units of its own mean distance to the teacher.
     """
     if normalization == "none":
         return probe.direction

@@ -224,15 +224,15 @@ class RdmDistillTrainer(Trainer):
         position = step % (args.steps_per_generation * args.num_iterations)
         if position == 0:
             self._experiences, self._trusted = [], True
-        used = position >= args.steps_per_generation and self._trusted
-        if used:
+        reused = position >= args.steps_per_generation and self._trusted
+        if reused:
             experience = self._experiences[position % args.steps_per_generation]
             x0 = self._predict_exits(experience.rollout, experience.condition)
         else:
             experience, x0 = self._collect(rows)
             if args.num_iterations > 1 and self._trusted:
                 self._experiences.append(experience)
-        return {"experience": experience, "used": used, "x0": x0, "feedback": self._feedback(experience)}
+        return {"experience": experience, "reused": reused, "x0": x0, "feedback": self._feedback(experience)}
 
     def _predict_exits(self, rollout: policy.Rollout, condition: dict[str, torch.Tensor]) -> torch.Tensor:
         """The student's x0 (B, ...) at its exit steps, with the graph of its update."""
@@ -258,8 +258,8 @@ class RdmDistillTrainer(Trainer):
             self._record({"x0/saturation": ((images < 1 / 255) | (images > 254 / 255)).float().mean()})
         if asked and self.rewards.black_boxes:
             answers = self.rewards.score_black_boxes.start(images, prompts, metadata)
-        # The rollout's last pass is that of the student's update. Not where a reward is differentiated through the
-        # autoencoder: the two graphs would be in memory together.
+        # The rollout's last pass is that of the student's update, whose graph waits while teacher and rewards judge.
+        # Not where a reward is differentiated through the autoencoder: two graphs would be in memory together.
         with torch.set_grad_enabled(not (asked and self.rewards.differentiable)):
             x0 = self._predict_exits(rollout, condition)
         rollout.x0 = x0.detach()
@@ -267,22 +267,22 @@ class RdmDistillTrainer(Trainer):
         if args.dm_subintervals:
             seen = policy.seen_noise(exit_steps, self.student_timesteps.cpu(), self.process.num_train_timesteps)
         low, high = args.dm_timestep_range
-        bounds = args.dm_timestep_sampling, seen.clamp(min=low), high
-        fractions = matching.draw_fractions(num_groups, args.num_generations, *bounds)
+        sampling, lows = args.dm_timestep_sampling, seen.clamp(min=low)
+        fractions = matching.draw_fractions(num_groups, args.num_generations, sampling, lows, high)
         timesteps, noise = self.process.timesteps_at(fractions).to(device), torch.randn_like(rollout.x0)
         with self.accelerator.autocast():
             x_t = self.process.add_noise(rollout.x0, noise, timesteps)
             teacher = self.predict_teacher(x_t, timesteps, condition)
 
-        rewards, pushes, told = torch.full((len(prompts), len(self.rewards.functions)), torch.nan), None, {}
+        rewards, pushes, details = torch.full((len(prompts), len(self.rewards.functions)), torch.nan), None, {}
         if asked:
-            rewards, pushes, told = self.rewards.ask(answers, rollout.x0, self.family.decode, prompts, metadata)
+            rewards, pushes, details = self.rewards.ask(answers, rollout.x0, self.family.decode, prompts, metadata)
             self._record(self.rewards.figures(gather(rewards)))
         if self.state.global_step < args.reward_warmup:
             pushes = None
         if shows and self.is_world_process_zero():
-            shown = rewards[:, 0] if rewards.shape[1] == 1 else rewards
-            shown = [[images, prompts, metadata, shown, told]]
+            scores = rewards[:, 0] if rewards.shape[1] == 1 else rewards
+            shown = [[images, prompts, metadata, scores, details]]
             self.image_samples_callback(shown, self.state.global_step, ImageTracker(self))
         self._record(rollout.figures(args.num_generations))
         if not x0.requires_grad:
@@ -326,7 +326,7 @@ class RdmDistillTrainer(Trainer):
         args, experience, feedback, x0 = self.args, inputs["experience"], inputs["feedback"], inputs["x0"]
         rollout, timesteps, fresh = experience.rollout, experience.timesteps, x0.detach()
         direction = feedback.direction
-        if inputs["used"]:
+        if inputs["reused"]:
             self._check_finite("student's prediction", fresh.flatten(1).sum(1), experience.prompts)
             action = self.process.add_noise(rollout.x0, experience.noise, timesteps)
             log_ratio = policy.log_ratio(action, fresh, rollout.x0, timesteps, self.process)

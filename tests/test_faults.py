@@ -493,7 +493,12 @@ def test_a_time_out_of_the_reward_itself_is_not_ours(trainer):
         raise TimeoutError("the server does not answer")
 
     trainer.rewards = RewardPanel([remote], trainer.args)
-    with refused(RuntimeError, "'remote' failed: TimeoutError: the server does not answer", Path("."), trainer):
+    with refused(
+        RuntimeError,
+        "'remote' failed: TimeoutError: the server does not answer",
+        Path(trainer.args.output_dir),
+        trainer,
+    ):
         trainer.train()
 
 

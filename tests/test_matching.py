@@ -1,6 +1,8 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """R_dm against Gaussian and mixture teachers, whose scores are known exactly."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.distributions import Categorical, MixtureSameFamily, Normal
 from rdm_trl.diffusion import NoiseProcess
 from rdm_trl.losses import student_loss
 from rdm_trl.matching import Probe, draw_fractions, normalize, probe, reward_estimate
+from rdm_trl.rewards import panel
 
 
 PROCESS = NoiseProcess(DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
@@ -199,3 +202,17 @@ def test_time_sampling():
     assert (strata.sort(1).values == torch.arange(4)).all()  # one draw a stratum
     assert (strata[:, 0] == 0).float().mean() < 0.35  # in random order
     assert not (((uniform - 0.1) / 0.2).long().sort(1).values == torch.arange(4)).all(1).all()
+
+
+@pytest.mark.parametrize("level", ["image", "element"])
+def test_the_batch_normaliser_is_over_all_processes(monkeypatch, level):
+    torch.manual_seed(0)
+    here, there, direction = torch.rand(3, 4, 2, 3).unbind()
+    monkeypatch.setattr(panel, "reduce", lambda mean, how: (mean + there.mean(0, keepdim=True)) / 2)
+    config = SimpleNamespace(
+        dm_estimator="pathwise", dm_normalization="batch", dm_normalization_level=level, num_generations=2
+    )
+    found = panel.distribution_matching_push(Probe(direction, here, torch.zeros(4)), None, PROCESS, config)
+    everything = torch.cat([here, there])
+    scale = everything.mean(0) if level == "element" else everything.mean()
+    torch.testing.assert_close(found, direction / (scale + 1e-6))

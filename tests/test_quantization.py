@@ -26,6 +26,17 @@ def test_the_scripts_options(tmp_path):
             main(["--output_dir", str(tmp_path), *given])
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_script_asks_for_the_bits_it_was_given(tmp_path, monkeypatch, bits):
+    script = load_script("examples/train_gndm.py")
+    asked = []
+    monkeypatch.setattr(script, "load_pipeline", lambda *args: asked.append(args))
+    monkeypatch.setattr(script, "RdmDistillTrainer", lambda config, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        script.main(["--output_dir", str(tmp_path), "--model_name_or_path", "my/model", f"--load_in_{bits}bit"])
+    assert asked == [("my/model", torch.float32, bits)]
+
+
 def load_int8() -> DiffusionPipeline:
     quantization = pytest.importorskip("torchao.quantization")
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig())

@@ -158,10 +158,20 @@ def test_the_student_is_trained_along_the_normalised_direction(tmp_path, level):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
 
 
-def test_no_pass_of_the_student_is_made_twice(tmp_path, monkeypatch):
-    """An update evaluates an image of exit step k at k + 1 states, the last of them with its graph."""
-    trainer = make_trainer(tmp_path)
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_passes_of_the_student(tmp_path, monkeypatch, differentiable):
+    """
+    An update evaluates an image of exit step k at k + 1 states, the last of them with its graph; once more where a
+    reward is differentiated, so that its graph and the student's are not in memory together.
+    """
     passes = []
+
+    def reddish(images, prompts, metadata):
+        assert passes and not any(grad for *_, grad, _ in passes), "the student's graph is there already"
+        return redness(images, prompts, metadata)
+
+    reddish.differentiable = True
+    trainer = make_trainer(tmp_path, [reddish] if differentiable else [])
     forward = trainer.model.forward
 
     def spy(role, x_t, *args, **kwargs):
@@ -171,9 +181,10 @@ def test_no_pass_of_the_student_is_made_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.model, "forward", spy)
     inputs = trainer._prepare_inputs([{"prompt": p} for p in ("a dress", "a coat") for _ in range(4)])
     trainer.compute_loss(trainer.model, inputs).backward()
-    exit_steps = inputs["experience"].rollout.exit_steps
+    rollout = inputs["experience"].rollout
     student = {grad: sum(n for role, g, n in passes if (role, g) == ("student", grad)) for grad in (False, True)}
-    assert student == {False: exit_steps.sum().item(), True: 8}
+    assert student == {False: rollout.exit_steps.sum().item() + 8 * differentiable, True: 8}
+    assert torch.equal(rollout.x0, inputs["x0"].detach())  # the ratio starts at 1
 
 
 def test_an_exit_steps_images_are_matched_only_where_the_next_step_sees_them(tmp_path):

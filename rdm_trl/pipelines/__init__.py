@@ -58,10 +58,12 @@ def load_pipeline(name_or_path: str | Path, dtype: torch.dtype, bits: int | None
     try:
         if bits is not None:
             index = DiffusionPipeline.load_config(name_or_path)
-            name = next(name for name in ("transformer", "unet") if name in index)
+            name = "transformer" if "transformer" in index else "unet"
             kwargs["quantization_config"] = PipelineQuantizationConfig(quant_mapping={name: bnb_config(bits, dtype)})
         return read_pipeline(name_or_path, dtype, **kwargs)
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         if bits is not None and isinstance(error, ImportError | RuntimeError):
             raise RuntimeError(
                 f"The denoiser of {str(name_or_path)!r} cannot be loaded in {bits} bits: {error} This needs a GPU and "

@@ -3,6 +3,7 @@
 import io
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def distribution_matching_push(
         advantage = over_processes(advantages, probe.reward[:, None]).squeeze(1)
         return policy.score_direction(advantage, experience.noise, experience.timesteps, process)
     if config.dm_normalization == "batch":
-        probe.distance = gather(probe.distance).mean(0, keepdim=True)
+        probe = replace(probe, distance=reduce(probe.distance.mean(0, keepdim=True), "mean"))
     level = config.dm_normalization_level
     return matching.normalize(probe, config.dm_normalization, config.num_generations, level)
 
