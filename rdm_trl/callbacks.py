@@ -69,11 +69,11 @@ class SampleGridCallback(TrainerCallback):
         available = list(dict.fromkeys(self.trainer.eval_dataset["prompt"]))
         count = min(args.num_log_images, len(available))
         prompts = [available[i * len(available) // count] for i in range(count)]
-        columns = {**self.constant_columns}
+        columns, few = {**self.constant_columns}, f"{args.sample_num_steps} step{'s' * (args.sample_num_steps > 1)}"
         for who, title in (
             ("teacher", f"teacher, {args.teacher_num_steps} steps, guidance {args.teacher_guidance_scale:g}"),
-            ("base", f"base, {args.sample_num_steps} steps"),
-            ("student", f"student, {args.sample_num_steps} steps"),
+            ("base", f"base, {few}"),
+            ("student", f"student, {few}"),
         ):
             if title not in columns:
                 each = min(args.num_generations, 4)
