@@ -70,9 +70,7 @@ def fuse(pipeline: DiffusionPipeline, checkpoint: Path) -> DiffusionPipeline:
     """The pipeline that the model card describes: with the checkpoint's network, or its LoRA in the weights."""
     family = family_of(pipeline)
     if (checkpoint / family.denoiser_name / "config.json").is_file():
-        network = type(family.denoiser).from_pretrained(
-            checkpoint, subfolder=family.denoiser_name, dtype=family.denoiser.dtype
-        )
+        network = type(family.denoiser).from_pretrained(checkpoint, subfolder=family.denoiser_name, dtype=family.dtype)
         pipeline.register_modules(**{family.denoiser_name: network.to(family.denoiser.device)})
     elif isinstance(pipeline, LoraBaseMixin):
         pipeline.load_lora_weights(checkpoint, weight_name=WEIGHTS[0])

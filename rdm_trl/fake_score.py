@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import nn
 
@@ -45,9 +46,11 @@ class FakeScore:
             values.append(loss.detach())
         # Some layers may have no part in the output: the last block's text stream, for example.
         trained = [parameter for parameter in self.parameters if parameter.grad is not None]
-        for parameter in trained:
-            parameter.grad = reduce(parameter.grad / len(values), "mean")
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
+        gradients = [parameter.grad for parameter in trained]
+        if PartialState().num_processes > 1:  # one message: an adapter is hundreds of small tensors
+            nn.utils.vector_to_parameters(reduce(torch.cat([g.flatten() for g in gradients]), "mean"), gradients)
+        torch._foreach_div_(gradients, len(values))
+        norm = nn.utils.get_total_norm(gradients)
         if not norm.isfinite():
             self.optimizer.zero_grad()
             raise FloatingPointError(

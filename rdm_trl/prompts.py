@@ -109,7 +109,7 @@ class PromptCache:
 
 def prompt_caches(family, config, base_model: str) -> tuple[PromptCache, PromptCache]:
     """Of prompts and of negative prompts, for a family of pipelines and a run's config."""
-    name = f"{base_model} {family.height}x{family.width} {family.denoiser.dtype} {family.prompt_limit}"
+    name = f"{base_model} {family.height}x{family.width} {family.dtype} {family.prompt_limit}"
     if config.prompt_cache_dir is not None:  # a path or no name may stand for other encoders tomorrow
         parameters = (p for module in family.encoders() for p in module.parameters())
         name += f" {sum(p.double().sum().item() for p in parameters)}"

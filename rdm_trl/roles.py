@@ -140,12 +140,15 @@ class Roles(NetworkRoles):
                 self._begin_as_teacher(name)
         if student is not None:
             self.load_adapter("student", student[1])
+        # Named once: a search through all layers would be felt in every update.
+        self._parameters_of = {
+            name: [p for path, p in denoiser.named_parameters() if f".{name}." in path] for name in configs
+        }
         for parameter in self.adapter_parameters(*ADAPTERS):
             parameter.data = parameter.data.float()  # a half-precision base, full-precision training
-        for parameter in self.adapter_parameters("student", "fake"):
-            parameter.requires_grad_(True)
-        for parameter in self.adapter_parameters("ema", TEACHER):
-            parameter.requires_grad_(False)
+        for name in configs:
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(name in ("student", "fake"))
         self.load_adapter("ema", self.adapter_state("student"))
         # DDP wraps this module for the student alone: the fake score is trained outside its forward pass.
         self._ddp_params_and_buffers_to_ignore = [
@@ -173,7 +176,7 @@ class Roles(NetworkRoles):
 
     def adapter_parameters(self, *names: str) -> list[nn.Parameter]:
         """Parameters of the named adapters, in a fixed order."""
-        return [p for n, p in self.denoiser.named_parameters() if any(f".{name}." in n for name in names)]
+        return [parameter for name in names for parameter in self._parameters_of[name]]
 
     def adapter_state(self, name: str) -> dict[str, torch.Tensor]:
         """Copy of an adapter's weights under peft's keys, which do not hold the adapter's name."""

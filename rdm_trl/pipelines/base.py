@@ -34,6 +34,7 @@ class PipelineFamily:
 
     Attributes:
         denoiser: the module that gets the adapters.
+        dtype (`torch.dtype`): of its inputs.
         lora_target_modules (`list[str]`): layers that a default LoRA covers.
         latent_shape (`tuple[int]`): of one image's latents, in the form that the denoiser takes them.
         student_guidance_scale (`float`): `guidance_scale` of the student's plain pipeline call.
@@ -58,6 +59,7 @@ class PipelineFamily:
             raise ValueError(f"The pipeline has no {', '.join(missing)}: load it with all of its components.")
         self.pipeline = pipeline
         self.denoiser = pipeline.components[self.denoiser_name]
+        self.dtype = self.denoiser.dtype  # asked once: diffusers looks through all layers for it
         for module in pipeline.components.values():
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval()

@@ -55,7 +55,7 @@ class DiTFamily(PipelineFamily):
         return torch.tensor([self.label_of(prompt) for prompt in prompts])
 
     def denoise(self, denoiser, x_t, timesteps, condition):
-        output = denoiser(x_t.to(self.denoiser.dtype), timestep=timesteps, class_labels=condition["class_labels"])
+        output = denoiser(x_t.to(self.dtype), timestep=timesteps, class_labels=condition["class_labels"])
         return output[:, : x_t.shape[1]]  # without a learned variance
 
     def call_arguments(self, prompts, guidance_scale, negative_prompt=""):
@@ -104,7 +104,7 @@ class UnconditionalFamily(PipelineFamily):
         return torch.zeros(len(prompts), 0, dtype=torch.long)
 
     def denoise(self, denoiser, x_t, timesteps, condition):
-        return denoiser(x_t.to(self.denoiser.dtype), timesteps)
+        return denoiser(x_t.to(self.dtype), timesteps)
 
     def guide(self, denoise, x_t, timesteps, condition, negative, guidance_scale):
         return denoise(x_t, timesteps, condition)

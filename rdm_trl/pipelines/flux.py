@@ -61,7 +61,7 @@ class FluxFamily(PipelineFamily):
         return {}
 
     def denoise(self, denoiser, x_t, timesteps, condition):
-        dtype, device, multiple = self.denoiser.dtype, x_t.device, self.size_multiple()
+        dtype, device, multiple = self.dtype, x_t.device, self.size_multiple()
         embeds = condition["prompt_embeds"]
         image_ids = self.pipeline._prepare_latent_image_ids(
             1, self.height // multiple, self.width // multiple, device, dtype

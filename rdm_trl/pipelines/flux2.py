@@ -54,13 +54,13 @@ class Flux2KleinFamily(PipelineFamily):
 
     def example_condition(self, batch_size):
         width = self.denoiser.config.joint_attention_dim
-        return {"prompt_embeds": torch.empty(batch_size, 512, width, device="meta", dtype=self.denoiser.dtype)}
+        return {"prompt_embeds": torch.empty(batch_size, 512, width, device="meta", dtype=self.dtype)}
 
     def image_ids(self, number: int, device: torch.device) -> torch.Tensor:
         return self.pipeline._prepare_latent_ids(torch.empty(number, 1, *self.tokens())).to(device)
 
     def denoise(self, denoiser, x_t, timesteps, condition):
-        embeds, dtype = condition["prompt_embeds"], self.denoiser.dtype
+        embeds, dtype = condition["prompt_embeds"], self.dtype
         return denoiser(
             hidden_states=x_t.to(dtype),
             timestep=timesteps.to(dtype) / 1000,  # as the pipeline rounds it

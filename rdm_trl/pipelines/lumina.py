@@ -43,15 +43,13 @@ class Lumina2Family(PipelineFamily):
 
     def example_condition(self, batch_size):
         # Its lengths are read: the mask is a real tensor.
-        embeds = torch.empty(
-            batch_size, 256, self.denoiser.config.cap_feat_dim, device="meta", dtype=self.denoiser.dtype
-        )
+        embeds = torch.empty(batch_size, 256, self.denoiser.config.cap_feat_dim, device="meta", dtype=self.dtype)
         return {"prompt_embeds": embeds, "prompt_attention_mask": torch.ones(batch_size, 256, dtype=torch.bool)}
 
     def denoise(self, denoiser, x_t, timesteps, condition):
         # Its time runs from noise to image, and so does its velocity.
         return -denoiser(
-            hidden_states=x_t.to(self.denoiser.dtype),
+            hidden_states=x_t.to(self.dtype),
             timestep=1 - timesteps / self.pipeline.scheduler.config.num_train_timesteps,
             encoder_hidden_states=condition["prompt_embeds"],
             encoder_attention_mask=condition["prompt_attention_mask"],

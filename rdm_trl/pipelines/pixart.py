@@ -30,12 +30,12 @@ class PixArtSigmaFamily(PipelineFamily):
 
     def example_condition(self, batch_size):
         shape = batch_size, 300
-        embeds = torch.empty(*shape, self.denoiser.config.caption_channels, device="meta", dtype=self.denoiser.dtype)
+        embeds = torch.empty(*shape, self.denoiser.config.caption_channels, device="meta", dtype=self.dtype)
         return {"prompt_embeds": embeds, "prompt_attention_mask": torch.ones(shape, device="meta")}
 
     def denoise(self, denoiser, x_t, timesteps, condition):
         output = denoiser(
-            x_t.to(self.denoiser.dtype),
+            x_t.to(self.dtype),
             encoder_hidden_states=condition["prompt_embeds"],
             encoder_attention_mask=condition["prompt_attention_mask"],
             timestep=timesteps,

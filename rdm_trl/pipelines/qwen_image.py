@@ -48,12 +48,12 @@ class QwenImageFamily(PipelineFamily):
     def example_condition(self, batch_size):
         # Its lengths are read: the mask is a real tensor, of prompts as long as they may be.
         embeds = torch.empty(
-            batch_size, 512, self.denoiser.config.joint_attention_dim, device="meta", dtype=self.denoiser.dtype
+            batch_size, 512, self.denoiser.config.joint_attention_dim, device="meta", dtype=self.dtype
         )
         return {"prompt_embeds": embeds, "prompt_attention_mask": torch.ones(batch_size, 512, dtype=torch.bool)}
 
     def denoise(self, denoiser, x_t, timesteps, condition):
-        mask, multiple, dtype = condition["prompt_attention_mask"], self.size_multiple(), self.denoiser.dtype
+        mask, multiple, dtype = condition["prompt_attention_mask"], self.size_multiple(), self.dtype
         longest = mask.sum(1).max()
         return denoiser(
             hidden_states=x_t.to(dtype),

@@ -39,7 +39,7 @@ class SanaFamily(PipelineFamily):
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     def denoise(self, denoiser, x_t, timesteps, condition):
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         output = denoiser(
             x_t.to(dtype),
             encoder_hidden_states=condition["prompt_embeds"].to(dtype),

@@ -57,7 +57,7 @@ class StableDiffusionFamily(PipelineFamily):
         return {"prompt_embeds": embeds}
 
     def denoise(self, denoiser, x_t, timesteps, condition):
-        x_t = x_t.to(self.denoiser.dtype)
+        x_t = x_t.to(self.dtype)
         return denoiser(x_t, timesteps, encoder_hidden_states=condition["prompt_embeds"])
 
 
@@ -102,7 +102,7 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
 
     def denoise(self, denoiser, x_t, timesteps, condition):
         return denoiser(
-            x_t.to(self.denoiser.dtype),
+            x_t.to(self.dtype),
             timesteps,
             encoder_hidden_states=condition["prompt_embeds"],
             added_cond_kwargs={"text_embeds": condition["pooled_prompt_embeds"], "time_ids": condition["time_ids"]},

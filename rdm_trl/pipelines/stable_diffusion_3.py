@@ -42,7 +42,7 @@ class StableDiffusion3Family(PipelineFamily):
 
     def denoise(self, denoiser, x_t, timesteps, condition):
         return denoiser(
-            hidden_states=x_t.to(self.denoiser.dtype),
+            hidden_states=x_t.to(self.dtype),
             timestep=timesteps,
             encoder_hidden_states=condition["prompt_embeds"],
             pooled_projections=condition["pooled_prompt_embeds"],

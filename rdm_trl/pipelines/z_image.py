@@ -33,15 +33,13 @@ class ZImageFamily(PipelineFamily):
 
     def example_condition(self, batch_size):
         # Its lengths are read: the mask is a real tensor, of prompts as long as they may be.
-        embeds = torch.empty(
-            batch_size, 512, self.denoiser.config.cap_feat_dim, device="meta", dtype=self.denoiser.dtype
-        )
+        embeds = torch.empty(batch_size, 512, self.denoiser.config.cap_feat_dim, device="meta", dtype=self.dtype)
         return {"prompt_embeds": embeds, "prompt_attention_mask": torch.ones(batch_size, 512, dtype=torch.bool)}
 
     def denoise(self, denoiser, x_t, timesteps, condition):
         lengths = condition["prompt_attention_mask"].sum(1).tolist()
         embeds = [row[:length] for row, length in zip(condition["prompt_embeds"], lengths, strict=True)]
-        images = list(x_t.to(self.denoiser.dtype).unsqueeze(2).unbind())
+        images = list(x_t.to(self.dtype).unsqueeze(2).unbind())
         # Its time runs from noise to image, and so does its velocity.
         return -torch.stack(denoiser(images, (1000 - timesteps) / 1000, embeds)).squeeze(2)
 
