@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 
-from rdm_trl.matching import Probe, normalize  # noqa: E402
+from rdm_trl.method.matching import Probe, normalize  # noqa: E402
 
 
 IMAGES = Path(__file__).parent / "images"

@@ -34,10 +34,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, TrainerCallback
 
-from rdm_trl import RdmDistillConfig, RdmDistillTrainer, evaluation, losses, matching, policy
+from rdm_trl import RdmDistillConfig, RdmDistillTrainer, evaluation
 from rdm_trl.demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_pipeline
-from rdm_trl.diffusion import NoiseProcess
-from rdm_trl.pipelines import family_of
+from rdm_trl.method import losses, matching, policy
+from rdm_trl.method.diffusion import NoiseProcess
+from rdm_trl.models.pipelines import family_of
 
 
 WARMUP = 2

@@ -19,11 +19,11 @@ import torch
 from rdm_trl.callbacks import comparison_grid
 from rdm_trl.demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge
 from rdm_trl.evaluation import Judge, PretrainedFeatures, machine
-from rdm_trl.export import fuse
-from rdm_trl.hub import figures_table
-from rdm_trl.pipelines import family_of, read_pipeline
+from rdm_trl.models.pipelines import family_of, read_pipeline
 from rdm_trl.prompts import load_prompts
 from rdm_trl.rewards import Scorer, resolve_reward
+from rdm_trl.saving.export import fuse
+from rdm_trl.saving.hub import figures_table
 
 
 def parse_args():

@@ -44,7 +44,7 @@ from transformers import (
 from transformers.utils import logging
 
 from rdm_trl.demo import DEMO_PIPELINE
-from rdm_trl.pipelines import family_of
+from rdm_trl.models.pipelines import family_of
 from rdm_trl.plan import GIB, choose, tensors_of
 
 

@@ -25,9 +25,9 @@ from peft import LoraConfig
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer
 from rdm_trl._trl import make_parser
-from rdm_trl.hub import figures_table
-from rdm_trl.pipelines import load_pipeline
+from rdm_trl.models.pipelines import load_pipeline
 from rdm_trl.prompts import load_prompts
+from rdm_trl.saving.hub import figures_table
 
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "gndm.yaml"

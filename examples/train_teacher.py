@@ -52,9 +52,9 @@ from transformers import (
 )
 
 from rdm_trl.demo import CLASSES, DEMO_PROMPT_CLASS, DEMO_PROMPTS, PHRASINGS, DemoClassifier
-from rdm_trl.diffusion import NoiseProcess, is_flow, make_student_scheduler
 from rdm_trl.evaluation import class_accuracy, feature_statistics, frechet_distance
-from rdm_trl.pipelines import read_pipeline
+from rdm_trl.method.diffusion import NoiseProcess, is_flow, make_student_scheduler
+from rdm_trl.models.pipelines import read_pipeline
 
 
 BATCH_SIZE = 64

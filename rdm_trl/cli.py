@@ -5,8 +5,8 @@ import argparse
 
 import torch
 
-from .export import FORMATS, export
 from .plan import plan
+from .saving.export import FORMATS, export
 
 
 def main(argv: list[str] | None = None):

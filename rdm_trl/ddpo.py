@@ -3,7 +3,7 @@
 
 import torch
 
-from . import policy
+from .method import policy
 from .prompts import split_rows
 
 

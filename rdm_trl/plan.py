@@ -15,8 +15,8 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
-from .pipelines import PipelineFamily, family_of
-from .roles import ADAPTERS, Roles
+from .models.pipelines import PipelineFamily, family_of
+from .models.roles import ADAPTERS, Roles
 
 
 GIB = 2**30

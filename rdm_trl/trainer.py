@@ -15,22 +15,24 @@ from peft import LoraConfig
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, get_scheduler
 
-from . import checkpoint, evaluation, losses, matching, policy
-from .advantages import Feedback
+from . import evaluation
 from .callbacks import DriftWarningCallback, EmaCallback, ImageTracker, SampleGridCallback, StopOnSignalCallback
 from .config import RdmDistillConfig
 from .ddpo import generate_samples, policy_loss
 from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
-from .diffusion import NoiseProcess
-from .experience import Experience
-from .fake_score import FakeScore
-from .hub import run_settings, save_checkpoint, write_card, write_metrics
-from .lora import make_roles
-from .pipelines import family_of, load_pipeline
+from .method import losses, matching, policy
+from .method.advantages import Feedback
+from .method.diffusion import NoiseProcess
+from .method.experience import Experience
+from .method.fake_score import FakeScore
+from .models.lora import make_roles
+from .models.pipelines import family_of, load_pipeline
 from .prompts import PromptSampler, check_prompts, prompt_caches, split_rows, training_prompts
 from .rewards import RewardFunction, resolve_reward
 from .rewards.panel import RewardPanel, distribution_matching_push
-from .upload import prepare_push, push, push_checkpoint
+from .saving import checkpoint
+from .saving.hub import run_settings, save_checkpoint, write_card, write_metrics
+from .saving.upload import prepare_push, push, push_checkpoint
 
 
 class RdmDistillTrainer(Trainer):

@@ -11,7 +11,7 @@ import torch
 from conftest import make_trainer, redness
 from transformers import TrainerCallback, TrainerState
 
-from rdm_trl import checkpoint
+from rdm_trl.saving import checkpoint
 
 
 OPTIONS = dict(num_iterations=2, learning_rate=5e-3, save_strategy="steps", save_steps=2)

@@ -21,7 +21,7 @@ BLOCK = re.compile(r"(?:^<!-- not run: (.+?) -->\n)?^```python\n(.*?)^```", re.M
 # What the text around a page's code has named.
 PRELUDES = {
     "families.md": "import torch\nfrom diffusers import StableDiffusionPipeline as MyPipeline\n"
-    "from rdm_trl.pipelines.base import *\n"
+    "from rdm_trl.models.pipelines.base import *\n"
 }
 
 

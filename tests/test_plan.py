@@ -14,8 +14,8 @@ from tiny_pipelines import CASES, make
 from rdm_trl import plan
 from rdm_trl.cli import main
 from rdm_trl.demo import DEMO_PIPELINE, load_demo_pipeline
-from rdm_trl.pipelines import family_of
-from rdm_trl.roles import Roles
+from rdm_trl.models.pipelines import family_of
+from rdm_trl.models.roles import Roles
 
 
 def test_weights_are_those_of_the_real_pipeline():
@@ -35,8 +35,8 @@ MEASURE = """
 import ctypes, resource, torch
 from peft import LoraConfig
 from rdm_trl.demo import load_demo_pipeline
-from rdm_trl.pipelines import family_of
-from rdm_trl.roles import Roles
+from rdm_trl.models.pipelines import family_of
+from rdm_trl.models.roles import Roles
 
 def resident():
     ctypes.CDLL(None).malloc_trim(0)  # what was needed for a moment only

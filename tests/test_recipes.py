@@ -6,7 +6,7 @@ from conftest import ROOT, load_script
 
 from rdm_trl import RdmDistillConfig
 from rdm_trl._trl import make_parser
-from rdm_trl.pipelines import family_of
+from rdm_trl.models.pipelines import family_of
 from rdm_trl.rewards.builtin import __all__ as builtin_rewards
 
 

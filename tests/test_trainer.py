@@ -11,8 +11,9 @@ from tiny_pipelines import make_sd3
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback, ViTConfig, ViTImageProcessor, ViTModel
 
-from rdm_trl import RdmDistillTrainer, policy
-from rdm_trl.diffusion import NoiseProcess
+from rdm_trl import RdmDistillTrainer
+from rdm_trl.method import policy
+from rdm_trl.method.diffusion import NoiseProcess
 
 
 def test_training_saves_a_checkpoint_that_plain_diffusers_loads(tmp_path):

@@ -10,7 +10,8 @@ import torch
 from conftest import logs_of, make_config, make_trainer, redness
 from transformers import TrainerState
 
-from rdm_trl import callbacks, matching, policy
+from rdm_trl import callbacks
+from rdm_trl.method import matching, policy
 
 
 # A short run in which a reward moves the tiny pipeline.

@@ -60,8 +60,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from rdm_trl import RdmDistillTrainer, policy
+from rdm_trl import RdmDistillTrainer
 from rdm_trl.demo import DEMO_PIPELINE
+from rdm_trl.method import policy
 
 
 def clip(seed: int = 0):

@@ -11,13 +11,13 @@ from accelerate import PartialState
 from accelerate.utils import gather, reduce
 from transformers.utils import logging
 
-from .. import matching, policy
 from .._trl import nanstd
-from ..advantages import Feedback, Mixer, group_advantages, normalize_rewards
 from ..config import RdmDistillConfig
-from ..diffusion import NoiseProcess
-from ..experience import Experience
-from ..policy import Rollout
+from ..method import matching, policy
+from ..method.advantages import Feedback, Mixer, group_advantages, normalize_rewards
+from ..method.diffusion import NoiseProcess
+from ..method.experience import Experience
+from ..method.policy import Rollout
 from . import RewardFunction, Scorer, is_differentiable, reward_gradient
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rdm_trl.checkpoint import last_complete_checkpoint
+from rdm_trl.saving.checkpoint import last_complete_checkpoint
 
 
 WORKER = str(Path(__file__).with_name("worker.py"))

@@ -5,10 +5,10 @@ from conftest import make_tiny_pipeline
 from diffusers import DDIMScheduler
 from torch.distributions import Independent, Normal
 
-from rdm_trl import policy
-from rdm_trl.diffusion import NoiseProcess, make_student_scheduler
-from rdm_trl.losses import clipped_policy_loss
-from rdm_trl.pipelines import family_of
+from rdm_trl.method import policy
+from rdm_trl.method.diffusion import NoiseProcess, make_student_scheduler
+from rdm_trl.method.losses import clipped_policy_loss
+from rdm_trl.models.pipelines import family_of
 
 
 def test_log_prob_is_the_mean_of_the_gaussian_density():

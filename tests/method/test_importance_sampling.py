@@ -7,8 +7,8 @@ from conftest import make_config, make_trainer, redness
 from diffusers import DDIMScheduler
 from torch.distributions import Normal
 
-from rdm_trl import losses, matching, policy
-from rdm_trl.diffusion import NoiseProcess
+from rdm_trl.method import losses, matching, policy
+from rdm_trl.method.diffusion import NoiseProcess
 
 
 LEVELS = ("element", "step", "sequence", "none")

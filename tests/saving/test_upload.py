@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, constants, hf_hub_download
 from safetensors.torch import load, load_file
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_without_a_repository_to_write_to_training_does_not_begin(
 
 def test_a_failure_in_the_background_is_a_warning(hub, tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr("rdm_trl.upload.logger.warning", warnings.append)
+    monkeypatch.setattr("rdm_trl.saving.upload.logger.warning", warnings.append)
     options = dict(hub_model_id="me/student", hub_strategy="every_save", save_strategy="steps", save_steps=1)
     trainer = make_trainer(tmp_path, push_to_hub=True, hub_always_push=True, **options)
     hub.faults = {"/commit/": [(403, {}), "drop"]}

@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
-from .config import RdmDistillConfig
-from .evaluation import peak_memory_mb
+from ..config import RdmDistillConfig
+from ..evaluation import peak_memory_mb
 
 
 CARD = """---

@@ -9,8 +9,8 @@ from conftest import PROMPTS, make_tiny_pipeline, make_trainer
 from diffusers import DiffusionPipeline
 from tiny_pipelines import CASES, make, make_family_trainer, rollout_of, run_card
 
-from rdm_trl.export import export
-from rdm_trl.full import FullRoles
+from rdm_trl.models.full import FullRoles
+from rdm_trl.saving.export import export
 
 
 def train(tmp_path, name="sd_epsilon", **options):

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from tiny_pipelines import CASES, make
 
 from rdm_trl.cli import main
-from rdm_trl.export import export
-from rdm_trl.lora import make_roles
-from rdm_trl.pipelines import family_of
-from rdm_trl.roles import Roles
+from rdm_trl.models.lora import make_roles
+from rdm_trl.models.pipelines import family_of
+from rdm_trl.models.roles import Roles
+from rdm_trl.saving.export import export
 
 
 RANK, ALPHA = 2, 5.0

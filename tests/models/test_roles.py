@@ -4,8 +4,8 @@ import torch
 from conftest import make_tiny_pipeline
 from peft import LoraConfig
 
-from rdm_trl.pipelines.stable_diffusion import StableDiffusionFamily
-from rdm_trl.roles import Roles
+from rdm_trl.models.pipelines.stable_diffusion import StableDiffusionFamily
+from rdm_trl.models.roles import Roles
 
 
 def make_roles(dtype=torch.float32) -> tuple[Roles, tuple]:

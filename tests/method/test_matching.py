@@ -9,9 +9,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
-from rdm_trl.diffusion import NoiseProcess
-from rdm_trl.losses import student_loss
-from rdm_trl.matching import Probe, draw_fractions, normalize, probe, reward_estimate
+from rdm_trl.method.diffusion import NoiseProcess
+from rdm_trl.method.losses import student_loss
+from rdm_trl.method.matching import Probe, draw_fractions, normalize, probe, reward_estimate
 from rdm_trl.rewards import panel
 
 

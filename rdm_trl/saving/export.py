@@ -12,8 +12,8 @@ from diffusers.utils import convert_state_dict_to_kohya
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from .demo import DEMO_PIPELINE
-from .pipelines import family_of, read_pipeline
+from ..demo import DEMO_PIPELINE
+from ..models.pipelines import family_of, read_pipeline
 
 
 FORMATS = ("diffusers", "kohya")

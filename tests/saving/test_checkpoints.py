@@ -20,11 +20,11 @@ from interrupted import OPTIONS
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from rdm_trl import checkpoint
-from rdm_trl.checkpoint import find_checkpoint, last_complete_checkpoint, what_is_missing
+from rdm_trl.saving import checkpoint
+from rdm_trl.saving.checkpoint import find_checkpoint, last_complete_checkpoint, what_is_missing
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def start(how: str, folder: Path) -> subprocess.Popen:

@@ -15,8 +15,8 @@ from diffusers import (
 from peft import LoraConfig
 from tiny_pipelines import CASES, make, make_dit, make_family_trainer, make_flux, make_sd3, rollout_of, run_card
 
-from rdm_trl.diffusion import NoiseProcess, make_student_scheduler
-from rdm_trl.pipelines import family_of
+from rdm_trl.method.diffusion import NoiseProcess, make_student_scheduler
+from rdm_trl.models.pipelines import family_of
 
 
 # Whose pipelines can be told how long a prompt may be.

@@ -7,7 +7,7 @@ from conftest import load_script, make_trainer
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig, TorchAoConfig
 
 from rdm_trl.demo import DEMO_PIPELINE
-from rdm_trl.pipelines import load_pipeline
+from rdm_trl.models.pipelines import load_pipeline
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")

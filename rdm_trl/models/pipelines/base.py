@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..diffusion import make_student_scheduler
+from ...method.diffusion import make_student_scheduler
 
 
 ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]

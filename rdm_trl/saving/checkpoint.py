@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from .experience import Experience
-from .roles import ADAPTERS, Roles
+from ..method.experience import Experience
+from ..models.roles import ADAPTERS, Roles
 
 
 logger = logging.get_logger(__name__)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from rdm_trl.advantages import Mixer, group_advantages, normalize_rewards
+from rdm_trl.method.advantages import Mixer, group_advantages, normalize_rewards
 
 
 REWARDS = torch.tensor([[1.0, 0.0], [2.0, 0.0], [6.0, 0.0], [4.0, 1.0], [4.0, 1.0], [4.0, 1.0]])

@@ -10,7 +10,7 @@ from diffusers import (
     VQDiffusionScheduler,
 )
 
-from rdm_trl.diffusion import NoiseProcess, make_student_scheduler
+from rdm_trl.method.diffusion import NoiseProcess, make_student_scheduler
 
 
 def process_of(prediction_type: str) -> NoiseProcess:

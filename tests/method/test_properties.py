@@ -13,10 +13,11 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from rdm_trl import RdmDistillConfig, losses, matching, policy
+from rdm_trl import RdmDistillConfig
 from rdm_trl._trl import make_parser
-from rdm_trl.advantages import Mixer, group_advantages, normalize_rewards
-from rdm_trl.diffusion import NoiseProcess, make_student_scheduler
+from rdm_trl.method import losses, matching, policy
+from rdm_trl.method.advantages import Mixer, group_advantages, normalize_rewards
+from rdm_trl.method.diffusion import NoiseProcess, make_student_scheduler
 from rdm_trl.rewards import check_answer
 
 

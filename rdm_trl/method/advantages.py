@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._trl import nanstd
+from .._trl import nanstd
 
 
 @dataclass
