@@ -93,7 +93,7 @@ def draw_group(path: Path):
     x = (1 - SIGMA) * x0 + SIGMA * torch.randn(4)
     teacher = denoised(TEACHER, x)
     direction = (teacher - denoised(STUDENT, x))[:, None]
-    probe = Probe(direction, (x0 - teacher).abs()[:, None], torch.zeros(4))
+    probe = Probe(direction, (x0 - teacher).abs()[:, None], (teacher - x0)[:, None] - direction, torch.zeros(4))
     figure, axes = plt.subplots(1, 3, figsize=(8, 2.4), sharex=True)
     rows = (
         ("direction $r$, and scale $N$", None, GREY),

@@ -131,6 +131,10 @@ class RdmDistillConfig(TrainingArguments):
 
         dm_weight (`float`, *optional*, defaults to `1.0`):
             Weight of distribution matching.
+        dm_centering (`str`, *optional*, defaults to `"group"`):
+            What is taken out of the fake score's residuals: `"group"`, the mean over the other images of the prompt,
+            which is the error that a lagging fake score makes for all of them (GNDM, ours); `"none"`, nothing (DMD).
+            `"group"` needs `num_generations` of at least 2 and `dm_timestep_sampling="shared"`.
         dm_normalization (`str`, *optional*, defaults to `"group"`):
             What divides R_dm's direction: `"group"`, the scale averaged over the images of a prompt (GNDM);
             `"sample"`, each image's own scale (DMD); `"batch"`, the average over all images; `"none"`, nothing.
@@ -292,6 +296,10 @@ class RdmDistillConfig(TrainingArguments):
 
     # Parameters that control distribution matching
     dm_weight: float = field(default=1.0, metadata={"help": "Weight of distribution matching."})
+    dm_centering: str = field(
+        default="group",
+        metadata={"help": "What is taken out of the fake score's residuals.", "choices": ["group", "none"]},
+    )
     dm_normalization: str = field(
         default="group",
         metadata={
@@ -406,6 +414,7 @@ class RdmDistillConfig(TrainingArguments):
                 )
         super().__post_init__()
         for name, choices in (
+            ("dm_centering", ("group", "none")),
             ("dm_normalization", ("group", "sample", "batch", "none")),
             ("dm_normalization_level", ("image", "element")),
             ("dm_timestep_sampling", ("shared", "uniform", "stratified")),
@@ -456,6 +465,17 @@ class RdmDistillConfig(TrainingArguments):
                 "`dm_normalization='group'` needs `num_generations` of at least 2: one image has no group. Use "
                 "`dm_normalization='sample'` (DMD) for single images."
             )
+        if self.dm_centering == "group":
+            for name, value, needed in (
+                ("num_generations", self.num_generations, self.num_generations >= 2),
+                ("dm_timestep_sampling", self.dm_timestep_sampling, self.dm_timestep_sampling == "shared"),
+                ("dm_estimator", self.dm_estimator, self.dm_estimator == "pathwise"),
+            ):
+                if not needed:
+                    raise ValueError(
+                        "`dm_centering='group'` centres the directions of several images of a prompt at one noise "
+                        f"level, but `{name}` is {value!r}. Use `dm_centering='none'` (DMD) with it."
+                    )
         several = self.dm_normalization in ("group", "batch") and self.per_device_train_batch_size > 1
         if self.dm_normalization_level == "element" and not several:
             raise ValueError(

@@ -226,15 +226,16 @@ class RdmDistillTrainer(Trainer):
         position = step % (args.steps_per_generation * args.num_iterations)
         if position == 0:
             self._experiences, self._trusted = [], True
-        reused = position >= args.steps_per_generation and self._trusted
-        if reused:
+        weight = 1.0
+        if position >= args.steps_per_generation and self._trusted:
             experience = self._experiences[position % args.steps_per_generation]
             x0 = self._predict_exits(experience.rollout, experience.condition)
+            weight = self._importance_weight(experience, x0.detach())
         else:
             experience, x0 = self._collect(rows)
             if args.num_iterations > 1 and self._trusted:
                 self._experiences.append(experience)
-        return {"experience": experience, "reused": reused, "x0": x0, "feedback": self._feedback(experience)}
+        return {"experience": experience, "x0": x0, "feedback": self._feedback(experience, x0.detach(), weight)}
 
     def _predict_exits(self, rollout: policy.Rollout, condition: dict[str, torch.Tensor]) -> torch.Tensor:
         """The student's x0 (B, ...) at its exit steps, with the graph of its update."""
@@ -292,8 +293,22 @@ class RdmDistillTrainer(Trainer):
             rollout.x0 = x0.detach()  # the same but for rounding, and the importance ratio must start at 1
         return Experience(prompts, condition, rollout, seen, timesteps, noise, teacher, pushes), x0
 
-    def _feedback(self, experience: Experience) -> Feedback:
-        """What `experience` says to the student, against the fake score of now."""
+    def _importance_weight(self, experience: Experience, x0: torch.Tensor) -> torch.Tensor:
+        """The truncated importance ratio of a used rollout's action, where the student predicts `x0` (B, ...) now."""
+        args, rollout, timesteps = self.args, experience.rollout, experience.timesteps
+        self._check_finite("student's prediction", x0.flatten(1).sum(1), experience.prompts)
+        action = self.process.add_noise(rollout.x0, experience.noise, timesteps)
+        log_ratio = policy.log_ratio(action, x0, rollout.x0, timesteps, self.process)
+        ratio = policy.importance_ratio(log_ratio, args.importance_sampling_level).detach()
+        weight = losses.clip_ratio(ratio, args.epsilon, args.epsilon_high)
+        kl = gather(policy.action_kl(x0, rollout.x0, timesteps, self.process)).mean()
+        self._record({**policy.ratio_figures(ratio, weight), "ratio/kl": kl})
+        # Too far from the policy that acted: the rest of the loop gets rollouts of its own.
+        self._trusted &= args.target_kl is None or bool(kl <= args.target_kl)
+        return weight
+
+    def _feedback(self, experience: Experience, x0: torch.Tensor, weight: torch.Tensor | float) -> Feedback:
+        """What `experience` says to the student that predicts `x0` (B, ...) now, against the fake score of now."""
         args, timesteps, rollout = self.args, experience.timesteps, experience.rollout
         with torch.no_grad(), self.accelerator.autocast():
             probe = matching.probe(
@@ -303,6 +318,8 @@ class RdmDistillTrainer(Trainer):
                 rollout.x0,
                 experience.noise,
                 timesteps,
+                x0,
+                weight,
             )
         self._check_finite("R_dm", probe.direction.flatten(1).abs().sum(1), experience.prompts)
         self._record(probe.figures(args.num_generations))
@@ -325,25 +342,12 @@ class RdmDistillTrainer(Trainer):
         return policy.rollout(predict, self.process, self.student_timesteps, noise, exit_steps, complete)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, experience, feedback, x0 = self.args, inputs["experience"], inputs["feedback"], inputs["x0"]
-        rollout, timesteps, fresh = experience.rollout, experience.timesteps, x0.detach()
-        direction = feedback.direction
-        if inputs["reused"]:
-            self._check_finite("student's prediction", fresh.flatten(1).sum(1), experience.prompts)
-            action = self.process.add_noise(rollout.x0, experience.noise, timesteps)
-            log_ratio = policy.log_ratio(action, fresh, rollout.x0, timesteps, self.process)
-            ratio = policy.importance_ratio(log_ratio, args.importance_sampling_level)
-            weight = losses.clip_ratio(ratio, args.epsilon, args.epsilon_high)
-            direction = weight * direction
-            kl = gather(policy.action_kl(fresh, rollout.x0, timesteps, self.process)).mean()
-            self._record({**policy.ratio_figures(ratio, weight), "ratio/kl": kl})
-            # Too far from the policy that acted: the rest of the loop gets rollouts of its own.
-            self._trusted &= args.target_kl is None or bool(kl <= args.target_kl)
-        loss = losses.student_loss(x0, direction)
+        experience, feedback, x0 = inputs["experience"], inputs["feedback"], inputs["x0"]
+        loss = losses.student_loss(x0, feedback.direction)
         if self.rewards.black_boxes:
             loss = loss + self._transition_loss(x0, experience, feedback.advantage)
         # What this forward pass shows of the student is what its fake score has to know next.
-        self._fake_batches.append((fresh, experience.condition, experience.seen))
+        self._fake_batches.append((x0.detach(), experience.condition, experience.seen))
         self._record({"loss/student": loss})
         return (loss, x0) if return_outputs else loss
 

@@ -326,7 +326,11 @@ def test_reward_names(tmp_path, modules, reward, message):
         ([redness, redness], {}, "Two rewards have the same name: redness, redness. Set their `__name__`"),
         ([redness], dict(reward_weights=[]), "`reward_weights` has 0 values for 1 reward functions"),
         ([], dict(reward_weights=[1.0]), "`reward_weights` has 1 values for 0 reward functions"),
-        ([redness], dict(num_generations=1, dm_normalization="sample"), "'redness' is compared between the images"),
+        (
+            [redness],
+            dict(num_generations=1, dm_centering="none", dm_normalization="sample"),
+            "'redness' is compared between the images",
+        ),
     ],
 )
 def test_panels(tmp_path, rewards, options, message):

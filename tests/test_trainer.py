@@ -108,7 +108,7 @@ def test_only_the_adapters_learn(tmp_path):
 @pytest.mark.parametrize("level", ["image", "element"])
 def test_the_student_is_trained_along_the_normalised_direction(tmp_path, level):
     """The gradient of one update, against a separate computation with plain modules."""
-    options = dict(dm_timestep_sampling="uniform", dm_normalization_level=level)
+    options = dict(dm_centering="none", dm_timestep_sampling="uniform", dm_normalization_level=level)
     trainer = make_trainer(tmp_path, sample_guidance_scale=3.0, **options)
     torch.manual_seed(5)
     for name in ("student", "fake"):
@@ -194,7 +194,7 @@ def test_an_exit_steps_images_are_matched_only_where_the_next_step_sees_them(tmp
 
     # Both scores are evaluated there only: no call below an image's level.
     for subintervals, lowest in ((True, [749, 499, 249, 0]), (False, [0, 0, 0, 0])):
-        options = dict(dm_timestep_sampling="uniform", per_device_train_batch_size=32)
+        options = dict(dm_centering="none", dm_timestep_sampling="uniform", per_device_train_batch_size=32)
         trainer = make_trainer(tmp_path, dm_subintervals=subintervals, **options)
         found = [trainer._prepare_inputs([{"prompt": "a"}] * 32)["experience"] for _ in range(8)]
         for step, low in enumerate(lowest):
@@ -429,6 +429,10 @@ def test_ddpo_hook_and_prompt_function(tmp_path):
     [
         (dict(num_generations=1), "`dm_normalization='group'` needs `num_generations` of at least 2"),
         (dict(num_generations=3), r"`per_device_train_batch_size` \(8\) must be divisible by `num_generations` \(3\)"),
+        (dict(num_generations=1, dm_normalization="sample"), "`dm_centering='group'` .*`num_generations` is 1"),
+        (dict(dm_timestep_sampling="uniform"), "`dm_centering='group'` .*`dm_timestep_sampling` is 'uniform'"),
+        (dict(dm_estimator="policy_gradient"), "`dm_centering='group'` .*`dm_estimator` is 'policy_gradient'"),
+        (dict(dm_centering="batch"), "`dm_centering` is 'batch', but must be one of group, none"),
         (dict(dm_normalization="mean"), "`dm_normalization` is 'mean', but must be one of group, sample, batch, none"),
         (dict(reward_mixing="product"), "`reward_mixing` is 'product', but must be one of sum, adaptive, constrained"),
         (dict(reward_mixing="constrained"), "`target_dm` is the budget of `reward_mixing='constrained'`"),

@@ -19,6 +19,7 @@ LEARNING = dict(
     max_steps=30,
     per_device_train_batch_size=32,
     num_generations=16,
+    dm_centering="none",
     dm_timestep_sampling="uniform",
     learning_rate=5e-3,
     fake_updates=1,
@@ -60,7 +61,7 @@ def test_every_kind_of_reward_works_with_every_mixing(tmp_path, mixing, direct):
 
 
 def test_r_dm_as_a_scalar_reward_goes_through_the_group_advantage(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, dm_estimator="policy_gradient", dm_normalization="none")
+    trainer = make_trainer(tmp_path, dm_estimator="policy_gradient", dm_centering="none", dm_normalization="none")
     seen = {}
     probe = matching.probe
 

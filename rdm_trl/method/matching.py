@@ -5,12 +5,12 @@ Distribution matching as a reward:
 
 Its gradient in \\(x_\tau\\) is \\(\frac{a}{b^2}(\mu_{teacher} - \mu_{fake})\\) with the denoised predictions \\(\mu\\)
 of the teacher and of the fake score, which is trained on the student's images: the direction of DMD (arXiv 2311.18828,
-2405.14867). The paper's equations (arXiv 2603.28460) are not public; what "group" normalisation does here is our
-reconstruction.
+2405.14867). The paper's equations (arXiv 2603.28460) are not public; what groups do here, `center` and `normalize`, is
+ours.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,11 +25,13 @@ class Probe:
     Args:
         direction (B, ...): `mu_teacher - mu_fake`, where R_dm pulls x0, in units of x0.
         distance (B, ...): absolute distance of x0 from the teacher's prediction, whose mean is DMD's normaliser.
+        residual (B, ...): `mu_fake - x0`, whose mean over the student's images an exact fake score keeps at 0.
         reward (B,): scalar estimate of R_dm per element (see `reward_estimate`).
     """
 
     direction: torch.Tensor
     distance: torch.Tensor
+    residual: torch.Tensor
     reward: torch.Tensor
 
     def figures(self, num_generations: int) -> dict[str, torch.Tensor]:
@@ -43,6 +45,7 @@ class Probe:
         if num_generations > 1:
             scale = self.distance.flatten(1).mean(1).view(-1, num_generations)
             figures["dm/scale_spread"] = (scale.std(1) / scale.mean(1)).mean()
+            figures["dm/fake_error"] = common_square(self.residual, num_generations) / self.direction.square().mean()
         return figures
 
 
@@ -67,7 +70,14 @@ def draw_fractions(num_groups: int, num_generations: int, sampling: str, low, hi
 
 @torch.no_grad()
 def probe(
-    predict_teacher: Callable, predict_fake: Callable, process: NoiseProcess, x0, noise, timesteps: torch.Tensor
+    predict_teacher: Callable,
+    predict_fake: Callable,
+    process: NoiseProcess,
+    x0,
+    noise,
+    timesteps: torch.Tensor,
+    new_x0=None,
+    weight: torch.Tensor | float = 1.0,
 ) -> Probe:
     """
     Evaluates R_dm at `a x0 + b noise`.
@@ -76,12 +86,16 @@ def probe(
         predict_teacher, predict_fake (`Callable`): `(x_t, timesteps) -> x0 prediction`, the teacher's with guidance.
         x0, noise (B, ...): the student's images and one Gaussian draw for each.
         timesteps (B,): the noise levels.
+        new_x0 (B, ...), weight (B, ...): where `x0` is what an older student made of the same states: what the
+            student makes of them now, and the importance ratio of `a x0 + b noise`. Weighed by it, the expectations
+            of direction and residual are those of new draws (see `docs/method.md`).
     """
     x_t = process.add_noise(x0, noise, timesteps)
     teacher, fake = predict_teacher(x_t, timesteps), predict_fake(x_t, timesteps)
     return Probe(
-        direction=teacher - fake,
+        direction=weight * (teacher - fake),
         distance=(x0 - teacher).abs(),
+        residual=weight * (fake - (x0 if new_x0 is None else new_x0)),
         reward=reward_estimate(teacher, fake, x0, timesteps, process),
     )
 
@@ -97,6 +111,32 @@ def reward_estimate(teacher, fake, x0, timesteps: torch.Tensor, process: NoisePr
     a, b = process.coefficients(timesteps, x0)
     difference = (x0 - fake).square() - (x0 - teacher).square()
     return ((a / b).square() * difference).flatten(1).mean(1)
+
+
+def common_square(residual: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """
+    Mean square of what the residuals (B, ...) of a group have in common: the products of different images, which no
+    noise of their own biases. Its expectation is 0 for an exact fake score, so that single values may be negative.
+    """
+    groups = residual.unflatten(0, (-1, num_generations))
+    products = groups.sum(1).square() - groups.square().sum(1)
+    return products.mean() / (num_generations * (num_generations - 1))
+
+
+def center(probe: Probe, num_generations: int) -> Probe:
+    r"""
+    Takes the fake score's common error out of the direction:
+    \(d_i = (\mu_{teacher} - \mu_{fake})_i + \frac{1}{G - 1} \sum_{j \ne i} (\mu_{fake} - x_0)_j\) over the images of a
+    prompt, of one exit step and noise level.
+
+    For the student's exact score the residuals have mean 0 at every noise level, so that the mean of the others
+    estimates, without bias and independently of image i, the error that this level's predictions share, whatever made
+    it: above all lag. With image i inside the mean its own -x0 would pull it to its denoised self. It is RLOO's
+    leave-one-out baseline, on the student's half of R_dm. Its price is 1 / (G - 1) of the residual's variance. Ours.
+    """
+    groups = probe.residual.unflatten(0, (-1, num_generations))
+    others = (groups.sum(1, keepdim=True) - groups) / (num_generations - 1)
+    return replace(probe, direction=probe.direction + others.flatten(0, 1))
 
 
 def normalize(

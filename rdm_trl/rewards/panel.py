@@ -41,6 +41,8 @@ def distribution_matching_push(
 
         advantage = over_processes(advantages, probe.reward[:, None]).squeeze(1)
         return policy.score_direction(advantage, experience.noise, experience.timesteps, process)
+    if config.dm_centering == "group":
+        probe = matching.center(probe, config.num_generations)
     if config.dm_normalization == "batch":
         probe = replace(probe, distance=reduce(probe.distance.mean(0, keepdim=True), "mean"))
     level = config.dm_normalization_level

@@ -137,9 +137,10 @@ def test_a_rollout_and_its_teacher_serve_several_updates(tmp_path, monkeypatch):
     assert len({batch[0].sum().item() for batch in seen["fake"]}) == 12
 
 
-def test_an_update_with_a_used_rollout(tmp_path):
+@pytest.mark.parametrize("centering", ["group", "none"])
+def test_an_update_with_a_used_rollout(tmp_path, centering):
     """Its gradient, from the cached teacher, the fake score of now and the densities, by a separate computation."""
-    trainer = make_trainer(tmp_path, num_iterations=2, epsilon=0.2, epsilon_high=0.1)
+    trainer = make_trainer(tmp_path, num_iterations=2, epsilon=0.2, epsilon_high=0.1, dm_centering=centering)
     torch.manual_seed(5)
     for name in ("student", "fake"):
         for parameter in trainer.model.adapter_parameters(name):
@@ -175,14 +176,20 @@ def test_an_update_with_a_used_rollout(tmp_path):
         )
         teacher = unconditional + trainer.args.sample_guidance_scale * (conditional - unconditional)
     scale = (rollout.x0 - teacher).abs().mean((1, 2, 3)).view(2, 4).mean(1).repeat_interleave(4)
-    advantage = (teacher - fake) / scale.view(-1, 1, 1, 1)
     with trainer.model.use("student"):
         output = unet(rollout.exit_latents, rollout.exit_timesteps, embeds).sample
     x0 = process.to_x0(output, rollout.exit_latents, rollout.exit_timesteps)
     new = x0.detach()
     ratio = (Normal(a * new, b).log_prob(action) - Normal(a * old_x0, b).log_prob(action)).exp()
     assert (ratio < 0.8).any() and (ratio > 1.1).any()
-    (-(ratio.clamp(0.8, 1.1) * advantage * x0).sum() / x0.numel()).backward()
+    weight = ratio.clamp(0.8, 1.1)
+    direction = weight * (teacher - fake)
+    if centering == "group":  # by the other images' residuals, of their old actions and the student of now
+        residual = weight * (fake - new)
+        others = [[j for j in range(4 * (i // 4), 4 * (i // 4) + 4) if j != i] for i in range(8)]
+        direction = direction + torch.stack([residual[rows].mean(0) for rows in others])
+    advantage = direction / scale.view(-1, 1, 1, 1)
+    (-(advantage * x0).sum() / x0.numel()).backward()
     for one, parameter in zip(found, trainer.model.adapter_parameters("student"), strict=True):
         torch.testing.assert_close(one, parameter.grad, atol=1e-6, rtol=1e-3)
     torch.testing.assert_close(trainer._fake_batches[-1][0], new)
@@ -238,7 +245,7 @@ def test_a_student_that_moved_too_far_gets_its_own_rollouts(tmp_path):
         (dict(importance_sampling_level="token"), "must be one of element, step, sequence, none"),
         (dict(epsilon_high=0.0), "`epsilon_high` is 0.0, but must be positive"),
         (dict(target_kl=-1.0), "`target_kl` is -1.0, but must be positive"),
-        (dict(dm_estimator="policy_gradient", num_iterations=2), "`num_iterations` must be 1"),
+        (dict(dm_estimator="policy_gradient", dm_centering="none", num_iterations=2), "`num_iterations` must be 1"),
     ],
 )
 def test_mistakes(tmp_path, options, message):

@@ -6,54 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from closed_forms import PROCESS, STUDENT, TEACHERS, exact_denoiser, mixture, noisy
 from diffusers import DDIMScheduler
-from torch.distributions import Categorical, MixtureSameFamily, Normal
+from torch.distributions import Normal
 
 from rdm_trl.method.diffusion import NoiseProcess
 from rdm_trl.method.losses import student_loss
 from rdm_trl.method.matching import Probe, draw_fractions, normalize, probe, reward_estimate
 from rdm_trl.rewards import panel
-
-
-PROCESS = NoiseProcess(DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
-
-
-def noisy(distribution, a, b):
-    """The density of `a x0 + b eps`: again a mixture of Gaussians."""
-    parts = distribution.component_distribution
-    spread = ((a * parts.stddev) ** 2 + b**2).sqrt()
-    return MixtureSameFamily(distribution.mixture_distribution, Normal(a * parts.mean, spread))
-
-
-def mixture(means, spreads, weights):
-    return MixtureSameFamily(
-        Categorical(torch.tensor(weights).double()),
-        Normal(torch.tensor(means).double(), torch.tensor(spreads).double()),
-    )
-
-
-def exact_denoiser(distribution):
-    """E[x0 | x_t] by Tweedie's formula, the score by automatic differentiation of the log-density."""
-
-    def predict(x_t, timesteps):
-        a, b = (c.double() for c in PROCESS.coefficients(timesteps, x_t))
-        leaf = x_t.detach().double().requires_grad_(True)
-        with torch.enable_grad():
-            components = distribution.component_distribution
-            spread = ((a[..., None] * components.stddev) ** 2 + b[..., None] ** 2).sqrt()
-            logits = distribution.mixture_distribution.logits
-            parts = Normal(a[..., None] * components.mean, spread).log_prob(leaf[..., None]) + logits
-            (score,) = torch.autograd.grad(parts.logsumexp(-1).sum(), leaf)
-        return (x_t + b**2 * score) / a
-
-    return predict
-
-
-TEACHERS = {
-    "gaussian": mixture([0.7], [0.5], [1.0]),
-    "mixture": mixture([-1.5, 1.0], [0.4, 0.6], [0.3, 0.7]),
-}
-STUDENT = mixture([0.2], [0.9], [1.0])
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -129,7 +89,7 @@ def test_normalisers_against_formulas():
     direction = torch.randn(6, 2, 3)
     mean = torch.tensor([1.0, 2.0, 3.0, 10.0, 20.0, 30.0])
     spread = torch.tensor([[0.5, 1.0, 1.5], [1.5, 1.0, 0.5]])  # over the elements of an image, of mean 1
-    given = Probe(direction, mean[:, None, None] * spread, torch.zeros(6))
+    given = Probe(direction, mean[:, None, None] * spread, torch.zeros_like(direction), torch.zeros(6))
     for name, expected in {
         "sample": [1.0, 2.0, 3.0, 10.0, 20.0, 30.0],
         "group": [2.0, 2.0, 2.0, 20.0, 20.0, 20.0],
@@ -156,7 +116,7 @@ def test_sample_normaliser_is_dmd():
     expected = 0.5 * torch.nn.functional.mse_loss(leaf, (leaf - gradient).detach())
     expected.backward()
     other = x0.clone().requires_grad_(True)
-    given = Probe(teacher - fake, (x0 - teacher).abs(), torch.zeros(4))
+    given = Probe(teacher - fake, (x0 - teacher).abs(), fake - x0, torch.zeros(4))
     loss = student_loss(other, normalize(given, "sample", 2, eps=0.0))
     loss.backward()
     torch.testing.assert_close(loss, expected)
@@ -210,9 +170,14 @@ def test_the_batch_normaliser_is_over_all_processes(monkeypatch, level):
     here, there, direction = torch.rand(3, 4, 2, 3).unbind()
     monkeypatch.setattr(panel, "reduce", lambda mean, how: (mean + there.mean(0, keepdim=True)) / 2)
     config = SimpleNamespace(
-        dm_estimator="pathwise", dm_normalization="batch", dm_normalization_level=level, num_generations=2
+        dm_estimator="pathwise",
+        dm_centering="none",
+        dm_normalization="batch",
+        dm_normalization_level=level,
+        num_generations=2,
     )
-    found = panel.distribution_matching_push(Probe(direction, here, torch.zeros(4)), None, PROCESS, config)
+    probe = Probe(direction, here, direction, torch.zeros(4))
+    found = panel.distribution_matching_push(probe, None, PROCESS, config)
     everything = torch.cat([here, there])
     scale = everything.mean(0) if level == "element" else everything.mean()
     torch.testing.assert_close(found, direction / (scale + 1e-6))

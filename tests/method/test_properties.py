@@ -89,11 +89,13 @@ def test_normalised_directions(seed, size, normalization, level):
         draw(seed, groups * generations, 2, 3),
         draw(seed + 1, groups * generations, 2, 3).abs() + 0.1,
     )
-    found = matching.normalize(matching.Probe(direction, distance, distance), normalization, generations, level)
+    found = matching.normalize(
+        matching.Probe(direction, distance, distance, distance), normalization, generations, level
+    )
     assert found.shape == direction.shape
     # A direction and its scale have one unit; at the level of elements each element has its own.
     factor = draw(seed + 2, *((2, 3) if level == "element" else (1, 1))).exp()
-    larger = matching.Probe(factor * direction, factor * distance, distance)
+    larger = matching.Probe(factor * direction, factor * distance, distance, distance)
     again = matching.normalize(larger, normalization, generations, level)
     torch.testing.assert_close(again, found, atol=1e-3, rtol=1e-3)
     # Within a group all images are divided by the same, but for "sample"; within an image at the level of images.
