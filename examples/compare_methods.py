@@ -4,15 +4,16 @@
 # ///
 """
 Compares methods on the embedded teacher, or others of the same prompts, over paired seeds: the same prompts and noise,
-one option apart, at equal updates, images drawn or teacher evaluations (`--budget`). Every run is kept in a file (a
-second call goes on where the first stopped); all end in `results.json`, a table with means, spreads and bootstrap
-intervals of the paired differences, and pictures, in a folder for each teacher.
+one option apart, at equal updates, images drawn, teacher evaluations or seconds (`--budget`). Every run is kept in a
+file (a second call goes on where the first stopped); all end in `results.json`, a table with means, spreads and
+bootstrap intervals of the paired differences, and pictures, in a folder for each teacher.
 
 A method may change options of its own, `gndm,num_iterations=4`, and names its rewards with their weights:
 `gndmr+classifier@0.3`, `constrained,target_dm=0.002+classifier@1`. Runs with rewards start from the checkpoint that
 the plain method (dmd or gndm) left after `reward_warmup` updates, which is what they would have reached themselves.
 
 python examples/compare_methods.py --methods dmd gndm --seeds 100 101 102 103 104
+python examples/compare_methods.py --methods dmd,fake_updates=3 gndm,fake_updates=1 --budget seconds --workers 2
 python examples/compare_methods.py --methods gndm gndm,num_iterations=2 --budget rollouts \
     --teachers embedded outputs/flow_teacher,max_sequence_length=10    # of train_teacher.py --stages flow
 python examples/compare_methods.py --methods dmd gndm dmdr+classifier@0.02 gndmr+classifier@0.3 --set reward_warmup=100
@@ -23,10 +24,14 @@ import json
 import logging
 import re
 import shutil
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 import yaml
 from datasets import Dataset
 from tqdm import tqdm
@@ -37,14 +42,15 @@ from rdm_trl.demo import DEMO_PROMPTS, load_demo_judge
 from rdm_trl.rewards import Scorer, resolve_reward
 
 
+DMD = {"dm_centering": "none", "dm_normalization": "sample"}
+GNDM = {"dm_centering": "group", "dm_normalization": "sample"}
 METHODS = {
-    "dmd": {"dm_normalization": "sample"},
-    "gndm": {"dm_normalization": "group"},
-    "batch": {"dm_normalization": "batch"},
-    "none": {"dm_normalization": "none"},
-    "dmdr": {"dm_normalization": "sample", "reward_mixing": "sum"},
-    "gndmr": {"dm_normalization": "group", "reward_mixing": "adaptive", "reward_gradient_steps": 2},
-    "constrained": {"dm_normalization": "group", "reward_mixing": "constrained", "reward_gradient_steps": 2},
+    "dmd": DMD,
+    "gndm": GNDM,
+    "scale": {"dm_centering": "none", "dm_normalization": "group"},  # GNDM by a shared divisor alone
+    "dmdr": {**DMD, "reward_mixing": "sum"},
+    "gndmr": {**GNDM, "reward_mixing": "adaptive", "reward_gradient_steps": 2},
+    "constrained": {**GNDM, "reward_mixing": "constrained", "reward_gradient_steps": 2},
 }
 # Distribution matching alone, from which a method with rewards sets out.
 PLAIN = {"dmdr": "dmd", "gndmr": "gndm", "constrained": "gndm"}
@@ -71,10 +77,12 @@ def parse_args():
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=YAML", help="such as learning_rate=2.0e-4")
     parser.add_argument(
         "--budget",
-        choices=["updates", "rollouts", "teacher_evaluations"],
+        choices=["updates", "rollouts", "teacher_evaluations", "seconds"],
         default="updates",
-        help="what is equal: each method gets the updates that cost as much as `max_steps` of the first",
+        help="what is equal: each method gets the updates that cost as much as `max_steps` of the first; the seconds "
+        "of an update are measured before any run, one method after the other",
     )
+    parser.add_argument("--workers", type=int, default=1, help="runs at once, a process of one thread each")
     parser.add_argument("--eval_steps", type=int, default=50, help="updates between two points of a curve")
     parser.add_argument("--num_images", type=int, default=2400)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
@@ -106,14 +114,24 @@ def options_of(method: str) -> dict:
     return options
 
 
-def cost_of_update(options: dict, budget: str) -> float:
-    """What an update with these options takes of the budget, in batches."""
+def cost_of_update(options: dict, budget: str, teacher: str | None = None) -> float:
+    """What an update with these options takes of the budget, in batches or, measured, in seconds."""
     if budget == "updates":
         return 1.0
+    if budget == "seconds":
+        return seconds_of_update(options, teacher)
     names = ("sample_guidance_scale", "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations")
     guidance, images, accumulation, uses = (options.get(name, getattr(RdmDistillConfig, name)) for name in names)
     guided = budget == "teacher_evaluations" and guidance > 1
     return images * accumulation * (1 + guided) / uses
+
+
+def seconds_of_update(options: dict, teacher: str | None, updates: int = 12) -> float:
+    """Mean time of an update, the first few apart; `updates` is a multiple of the usual `num_iterations`."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(lambda *_: {}, teacher, {**options, "max_steps": updates + 4}, None, Path(folder), 1)
+    seconds = [point["seconds"] for point in result["curve"]]
+    return (seconds[-1] - seconds[3]) / updates
 
 
 def plain(method: str) -> str:
@@ -146,28 +164,45 @@ class Measure:
         self.judge, self.known = load_demo_judge(), {}
 
     def __call__(self, trainer: RdmDistillTrainer, who: str) -> dict[str, float]:
-        if who in self.known:
-            return self.known[who]
+        key = (who, trainer.args.sample_num_steps if who == "base" else None)
+        if key in self.known:
+            return self.known[key]
         images = trainer.sample(who, self.prompts, seed=EVAL_SEED)
         values, _ = self.score(images, self.prompts, [None] * len(self.prompts))
         named = {f"reward/{name}": v for name, v in zip(self.rewards, values.mean(0).tolist(), strict=True)}
         figures = {**self.judge(who, images, self.prompts), **named}
         if who != "student":
-            self.known[who] = figures
+            self.known[key] = figures
         return figures
+
+
+def make_trainer(teacher: str | None, options: dict, folder: Path, callbacks: list) -> RdmDistillTrainer:
+    fixed = {"output_dir": str(folder), "log_images_steps": 0, "save_strategy": "no", "logging_strategy": "no"}
+    fixed["resume_with_changes"] = True  # from a plain run to one with rewards, whose mixing starts there
+    config = RdmDistillConfig(**{**options, **fixed})
+    dataset = Dataset.from_dict({"prompt": DEMO_PROMPTS}) if teacher else None
+    return RdmDistillTrainer(config, sd_pipeline=teacher, train_dataset=dataset, callbacks=callbacks)
 
 
 def run(measure, teacher: str | None, options: dict, checkpoint: Path | None, folder: Path, eval_steps: int) -> dict:
     """One training run in `folder`, from `checkpoint`: its curve, the figures of teacher and base, and its cost."""
     curve = CurveCallback(measure, eval_steps)
-    fixed = {"output_dir": str(folder), "log_images_steps": 0, "save_strategy": "no", "logging_strategy": "no"}
-    fixed["resume_with_changes"] = True  # from a plain run to one with rewards, whose mixing starts there
-    config = RdmDistillConfig(**{**options, **fixed})
-    dataset = Dataset.from_dict({"prompt": DEMO_PROMPTS}) if teacher else None
-    curve.trainer = trainer = RdmDistillTrainer(config, sd_pipeline=teacher, train_dataset=dataset, callbacks=[curve])
+    curve.trainer = trainer = make_trainer(teacher, options, folder, [curve])
     constant = {who: measure(trainer, who) for who in ("teacher", "base")}
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return {"curve": curve.curve, **constant, "cost": trainer.cost}
+
+
+def results_of(jobs: dict[str, tuple], workers: int, title: str):
+    """Names and results of `run(*job)`, as they come: one after the other here, or `workers` processes at once."""
+    if workers == 1:
+        yield from ((name, run(*job)) for name, job in tqdm(jobs.items(), desc=f"runs, {title}"))
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        names = {pool.submit(run, *job): name for name, job in jobs.items()}
+        for future in tqdm(as_completed(names), desc=f"runs, {title}", total=len(jobs)):
+            yield names[future], future.result()
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:
@@ -342,20 +377,35 @@ def compare(args, teacher: str | None, changes: dict, output_dir: Path):
                 f"{file} was measured without {', '.join(missing)}: remove it, or give another --output_dir."
             )
     measure = Measure(args.num_images, rewards)
-    allowed = options["max_steps"] * cost_of_update({**options, **options_of(methods[0])}, args.budget)
-    todo = [(m, s) for s in args.seeds for m in methods if not (runs / f"{m}-{s}.json").exists()]
-    for method, seed in tqdm(todo, desc=f"runs, {output_dir.name}"):
+    costs = {}
+    if args.budget != "updates":
+        known = output_dir / "cost_of_update.json"  # kept: a second call must give the same updates
+        costs = json.loads(known.read_text()) if known.exists() else {}
+        for method in tqdm([m for m in methods if m not in costs], desc="cost of an update"):
+            costs[method] = cost_of_update({**options, **options_of(method)}, args.budget, teacher)
+        known.write_text(json.dumps(costs, indent=1) + "\n")
+
+    def job(method: str, seed: int) -> tuple:
         checkpoint = None
         if plain(method) != method and options.get("reward_warmup"):
             checkpoint = runs / f"{plain(method)}-{seed}" / f"checkpoint-{options['reward_warmup']}"
-        folder = runs / f"{method}-{seed}"
         chosen = {**options, **options_of(method), "seed": seed}
-        if args.budget != "updates":
-            chosen["max_steps"] = round(allowed / cost_of_update(chosen, args.budget))
-        result = run(measure, teacher, chosen, checkpoint, folder, args.eval_steps)
-        (runs / f"{method}-{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
-        if plain(method) != method:
-            shutil.rmtree(folder)
+        if costs:
+            chosen["max_steps"] = round(options["max_steps"] * costs[methods[0]] / costs[method])
+        return measure, teacher, chosen, checkpoint, runs / f"{method}-{seed}", args.eval_steps
+
+    todo = [(m, s) for s in args.seeds for m in methods if not (runs / f"{m}-{s}.json").exists()]
+    if todo and args.workers > 1:  # what all runs are measured against, once and not in each process
+        trainer = make_trainer(teacher, options, output_dir / "constant", [])
+        for who in ("teacher", "base"):
+            measure(trainer, who)
+    # Those with rewards set out from where the plain ones stop.
+    waves = [[run_ for run_ in todo if (plain(run_[0]) == run_[0]) == is_plain] for is_plain in (True, False)]
+    for wave in filter(None, waves):
+        for name, result in results_of({f"{m}-{s}": job(m, s) for m, s in wave}, args.workers, output_dir.name):
+            (runs / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    for method, seed in waves[1]:
+        shutil.rmtree(runs / f"{method}-{seed}")
 
     results = {f"{m}-{s}": json.loads((runs / f"{m}-{s}.json").read_text()) for m in methods for s in args.seeds}
     (output_dir / "results.json").write_text(json.dumps({**settings, **results}, indent=1) + "\n")

@@ -1,8 +1,11 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from conftest import load_script
+from conftest import ROOT, load_script
 
 
 pytest.importorskip("matplotlib").use("Agg")
@@ -33,3 +36,33 @@ def test_methods_get_equal_budgets(tmp_path, monkeypatch, budget, changes, updat
     monkeypatch.setattr(script, "run", None)
     script.main()
     assert f"gndm,{changes} − gndm" in (tmp_path / "embedded" / "table.md").read_text()
+
+
+def test_seconds_of_updates_are_measured_once(tmp_path, monkeypatch):
+    script = load_script("examples/compare_methods.py")
+    command = "compare --methods gndm gndm,fake_updates=8 --seeds 0 --num_images 8 --eval_steps 9 --budget seconds"
+    command = [*command.split(), "--output_dir", str(tmp_path), "--set", *SMALL.split(), "max_steps=4"]
+    monkeypatch.setattr("sys.argv", command)
+    script.main()
+    costs = json.loads((tmp_path / "embedded" / "cost_of_update.json").read_text())
+    assert costs["gndm,fake_updates=8"] > 1.5 * costs["gndm"]
+    results = json.loads((tmp_path / "embedded" / "results.json").read_text())
+    steps = [results[f"{method}-0"]["curve"][-1]["step"] for method in costs]
+    assert steps == [4, round(4 * costs["gndm"] / costs["gndm,fake_updates=8"])]
+    monkeypatch.setattr(script, "seconds_of_update", None)
+    script.main()
+
+
+def test_runs_side_by_side_end_where_one_alone_does(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "compare_methods.py"), "--methods", "gndm", "--num_images", "8"]
+    command += ["--eval_steps", "2", "--set", *SMALL.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = []
+    for workers, seeds in ((2, "0 1"), (1, "1")):
+        folder = tmp_path / str(workers)
+        rest = ["--workers", str(workers), "--seeds", *seeds.split(), "--output_dir", str(folder)]
+        subprocess.run([*command, *rest], check=True, env=environment)
+        found.append(json.loads((folder / "embedded" / "results.json").read_text())["gndm-1"])
+    for point in (found[0]["curve"][0], found[1]["curve"][0]):
+        point.pop("seconds")
+    assert found[0]["curve"] == found[1]["curve"] and found[0]["teacher"] == found[1]["teacher"]
