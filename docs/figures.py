@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 
-from rdm_trl.method.matching import Probe, normalize  # noqa: E402
+from rdm_trl.method.matching import Probe, center  # noqa: E402
 
 
 IMAGES = Path(__file__).parent / "images"
@@ -87,30 +87,28 @@ def draw_reward(path: Path):
     save(figure, path)
 
 
-def draw_group(path: Path):
-    torch.manual_seed(2)
-    x0 = STUDENT["means"] + STUDENT["stds"] * torch.randn(4)
-    x = (1 - SIGMA) * x0 + SIGMA * torch.randn(4)
-    teacher = denoised(TEACHER, x)
-    direction = (teacher - denoised(STUDENT, x))[:, None]
-    probe = Probe(direction, (x0 - teacher).abs()[:, None], (teacher - x0)[:, None] - direction, torch.zeros(4))
-    figure, axes = plt.subplots(1, 3, figsize=(8, 2.4), sharex=True)
-    rows = (
-        ("direction $r$, and scale $N$", None, GREY),
-        ("sample: $r_i\\,/\\,N_i$", normalize(probe, "sample", 4)[:, 0], ORANGE),
-        ("group: $r_i\\,/\\,$mean of $N$", normalize(probe, "group", 4)[:, 0], BLUE),
-    )
-    for axis, (title, values, color) in zip(axes, rows, strict=True):
-        if values is None:
-            axis.bar(torch.arange(4) - 0.2, direction[:, 0], 0.4, color=color)
-            axis.bar(torch.arange(4) + 0.2, probe.distance[:, 0], 0.4, color="white", edgecolor=color)
-        else:
-            axis.bar(torch.arange(4), values, 0.6, color=color)
+def draw_group(path: Path, lag: float = 2.0):
+    """Six images of a student that has moved by `lag`; its fake score has not, and knows where it was before."""
+    torch.manual_seed(1)
+    behind = {**STUDENT, "means": STUDENT["means"] - lag}
+    x0 = STUDENT["means"] + STUDENT["stds"] * torch.randn(6)
+    x = (1 - SIGMA) * x0 + SIGMA * torch.randn(6)
+    to_teacher, fake, exact = (denoised(mixture, x)[:, None] for mixture in (TEACHER, behind, STUDENT))
+    dmd = Probe(to_teacher - fake, (x0[:, None] - to_teacher).abs(), fake - x0[:, None], torch.zeros(6))
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.6), sharex=True, sharey=True)
+    for axis, title, found, color in (
+        (axes[0], "DMD", dmd.direction, ORANGE),
+        (axes[1], "GNDM: less the others' residual", center(dmd, 6).direction, BLUE),
+    ):
+        axis.bar(torch.arange(6) - 0.2, (to_teacher - exact)[:, 0], 0.4, color=GREY, label="exact fake score")
+        axis.bar(torch.arange(6) + 0.2, found[:, 0], 0.4, color=color, label="fake score that lags")
         axis.axhline(0, color="black", lw=0.8)
         axis.set_title(title, fontsize=10)
-        axis.set_xticks(range(4), [f"image {i + 1}" for i in range(4)], fontsize=7)
+        axis.set_xticks(range(6), [f"image {i + 1}" for i in range(6)], fontsize=7)
+        axis.legend(fontsize=7, frameon=False, loc="upper right")
         axis.spines[["top", "right", "bottom"]].set_visible(False)
         axis.tick_params(axis="y", labelsize=7)
+    axes[0].set_ylabel("direction", fontsize=8)
     save(figure, path)
 
 

@@ -41,6 +41,7 @@ PANELS = (
     "x0/diversity",
     "x0/saturation",
     "dm/direction",
+    "dm/fake_error",
     "loss/fake",
     "rewards/distribution_matching/mean",
 )
@@ -52,7 +53,7 @@ def run(options: dict, updates: int) -> tuple[list[dict], torch.Tensor]:
         max_steps=updates,
         learning_rate=5e-4,
         fake_learning_rate=5e-4,
-        fake_updates=3,
+        fake_updates=1,
         logging_steps=5,
         log_images_steps=0,
         save_strategy="no",
@@ -72,16 +73,17 @@ def main():
     args = parser.parse_args()
     runs = {name: run(options, args.updates) for name, options in RUNS.items()}
 
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for axis, key in zip(axes.flat, PANELS, strict=True):
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), layout="constrained")
+    for axis, key in zip(axes.flat, PANELS, strict=False):
         for name, (logs, _) in runs.items():
             points = [(row["step"], row[key]) for row in logs if key in row]
             axis.plot(*zip(*points, strict=True), label=name.replace("\n", " "))
         axis.set_title(key)
-        if key in ("x0/std", "x0/diversity", "dm/direction", "loss/fake"):
+        if key in ("x0/std", "x0/diversity", "dm/direction", "dm/fake_error", "loss/fake"):
             axis.set_yscale("log")
         axis.set_xlabel("update")
-    axes[0, 0].legend(fontsize=7)
+    axes[1, 3].axis("off")
+    axes[1, 3].legend(*axes[0, 0].get_legend_handles_labels(), loc="center")
     figure.savefig(IMAGES / "sick_curves.png", dpi=70)
 
     figure, axes = plt.subplots(1, len(runs), figsize=(13, 3.7), layout="constrained")

@@ -43,7 +43,7 @@ from rdm_trl.rewards import Scorer, resolve_reward
 
 
 DMD = {"dm_centering": "none", "dm_normalization": "sample"}
-GNDM = {"dm_centering": "group", "dm_normalization": "sample"}
+GNDM = {"dm_centering": "group", "dm_normalization": "group"}
 METHODS = {
     "dmd": DMD,
     "gndm": GNDM,

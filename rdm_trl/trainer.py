@@ -518,6 +518,8 @@ class RdmDistillTrainer(Trainer):
                 [torch.stack([v.to(device) for v in values]).double().nanmean() for values in self._records.values()]
             )
             logs.update(zip(self._records, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+            if "dm/fake_error" in logs:  # a ratio of means: single updates are noisy, and the first directions are 0
+                logs["dm/fake_error"] /= logs.pop("dm/direction_square") + 1e-12
             self._records.clear()
         super().log(logs, start_time)
 

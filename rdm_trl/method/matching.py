@@ -45,7 +45,8 @@ class Probe:
         if num_generations > 1:
             scale = self.distance.flatten(1).mean(1).view(-1, num_generations)
             figures["dm/scale_spread"] = (scale.std(1) / scale.mean(1)).mean()
-            figures["dm/fake_error"] = common_square(self.residual, num_generations) / self.direction.square().mean()
+            figures["dm/fake_error"] = common_square(self.residual, num_generations)
+            figures["dm/direction_square"] = self.direction.square().mean()
         return figures
 
 
