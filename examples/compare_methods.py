@@ -3,10 +3,10 @@
 # dependencies = ["rdm_trl[eval]"]
 # ///
 """
-Compares methods on the embedded teacher, or others of the same prompts, over paired seeds: the same prompts and noise,
-one option apart, at equal updates, images drawn, teacher evaluations or seconds (`--budget`). Every run is kept in a
-file (a second call goes on where the first stopped); all end in `results.json`, a table with means, spreads and
-bootstrap intervals of the paired differences, and pictures, in a folder for each teacher.
+Compares methods on the embedded teacher, or others of the same prompts or classes, over paired seeds: the same prompts
+and noise, one option apart, at equal updates, images drawn, teacher evaluations or seconds (`--budget`). Every run is
+kept in a file (a second call goes on where the first stopped); all end in `results.json`, a table with means, spreads
+and bootstrap intervals of the paired differences, and pictures, in a folder for each teacher.
 
 A method may change options of its own, `gndm,num_iterations=4`, and names its rewards with their weights:
 `gndmr+classifier@0.3`, `constrained,target_dm=0.002+classifier@1`. Runs with rewards start from the checkpoint that
@@ -15,7 +15,7 @@ the plain method (dmd or gndm) left after `reward_warmup` updates, which is what
 python examples/compare_methods.py --methods dmd gndm --seeds 100 101 102 103 104
 python examples/compare_methods.py --methods dmd,fake_updates=3 gndm,fake_updates=1 --budget seconds --workers 2
 python examples/compare_methods.py --methods gndm gndm,num_iterations=2 --budget rollouts \
-    --teachers embedded outputs/flow_teacher,max_sequence_length=10    # of train_teacher.py --stages flow
+    --teachers embedded outputs/flow_teacher,max_sequence_length=10 outputs/dit_teacher    # of train_teacher.py
 python examples/compare_methods.py --methods dmd gndm dmdr+classifier@0.02 gndmr+classifier@0.3 --set reward_warmup=100
 """
 
@@ -34,11 +34,12 @@ import numpy as np
 import torch
 import yaml
 from datasets import Dataset
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer, evaluation
-from rdm_trl.demo import DEMO_PROMPTS, load_demo_judge
+from rdm_trl.demo import CLASSES, DEMO_PROMPTS, load_demo_judge
 from rdm_trl.rewards import Scorer, resolve_reward
 
 
@@ -155,11 +156,17 @@ class CurveCallback(TrainerCallback):
         control.should_save = state.global_step == args.reward_warmup
 
 
+def prompts_of(teacher: str | None) -> list[str]:
+    """What the teacher is trained and measured on: captions, or the classes where it has a list of them."""
+    is_class_conditional = teacher is not None and "id2label" in DiffusionPipeline.load_config(teacher)
+    return list(CLASSES) if is_class_conditional else DEMO_PROMPTS
+
+
 class Measure:
     """Figures of the student, and once of the teacher and the base, on the same images for all runs."""
 
-    def __init__(self, num_images: int, rewards: list[str]):
-        self.prompts = [DEMO_PROMPTS[i % len(DEMO_PROMPTS)] for i in range(num_images)]
+    def __init__(self, prompts: list[str], num_images: int, rewards: list[str]):
+        self.prompts = [prompts[i % len(prompts)] for i in range(num_images)]
         self.rewards, self.score = rewards, Scorer([resolve_reward(name) for name in rewards])
         self.judge, self.known = load_demo_judge(), {}
 
@@ -180,7 +187,7 @@ def make_trainer(teacher: str | None, options: dict, folder: Path, callbacks: li
     fixed = {"output_dir": str(folder), "log_images_steps": 0, "save_strategy": "no", "logging_strategy": "no"}
     fixed["resume_with_changes"] = True  # from a plain run to one with rewards, whose mixing starts there
     config = RdmDistillConfig(**{**options, **fixed})
-    dataset = Dataset.from_dict({"prompt": DEMO_PROMPTS}) if teacher else None
+    dataset = Dataset.from_dict({"prompt": prompts_of(teacher)}) if teacher else None
     return RdmDistillTrainer(config, sd_pipeline=teacher, train_dataset=dataset, callbacks=callbacks)
 
 
@@ -376,7 +383,7 @@ def compare(args, teacher: str | None, changes: dict, output_dir: Path):
             raise SystemExit(
                 f"{file} was measured without {', '.join(missing)}: remove it, or give another --output_dir."
             )
-    measure = Measure(args.num_images, rewards)
+    measure = Measure(prompts_of(teacher), args.num_images, rewards)
     costs = {}
     if args.budget != "updates":
         known = output_dir / "cost_of_update.json"  # kept: a second call must give the same updates

@@ -4,12 +4,13 @@
 # ///
 """
 Trains all of `rdm_trl/demo/` from scratch on Fashion-MNIST: the classifier, then the autoencoder, then text encoder
-and the denoiser of a captioned latent diffusion pipeline, and reports how good they are. The stage `flow` makes a
-second teacher on the same autoencoder, which is not shipped: a flow-matching transformer, as Stable Diffusion 3's.
+and the denoiser of a captioned latent diffusion pipeline, and reports how good they are. The stages `flow` and `dit`
+make two more teachers on the same autoencoder, which are not shipped: a flow-matching transformer, as Stable Diffusion
+3's, and a class-conditional DiT that predicts v.
 
 python examples/train_teacher.py                                                # from the Hub
 python examples/train_teacher.py --dataset /usr/share/datasets/fashion-mnist    # from a folder of IDX files
-python examples/train_teacher.py --stages flow                                  # outputs/flow_teacher
+python examples/train_teacher.py --stages flow dit                              # outputs/{flow,dit}_teacher
 """
 
 import argparse
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
@@ -69,15 +72,17 @@ def parse_args():
     parser.add_argument(
         "--stages",
         nargs="+",
-        choices=["classifier", "autoencoder", "denoiser", "report", "flow"],
+        choices=["classifier", "autoencoder", "denoiser", "report", "flow", "dit"],
         default=["classifier", "autoencoder", "denoiser", "report"],
         help="which parts to make again; later ones load what earlier ones saved",
     )
     parser.add_argument("--flow_dir", type=Path, default=Path("outputs/flow_teacher"))
+    parser.add_argument("--dit_dir", type=Path, default=Path("outputs/dit_teacher"))
     parser.add_argument("--classifier_epochs", type=int, default=6)
     parser.add_argument("--autoencoder_epochs", type=int, default=2)
     parser.add_argument("--denoiser_epochs", type=int, default=6)
     parser.add_argument("--flow_epochs", type=int, default=6)
+    parser.add_argument("--dit_epochs", type=int, default=6)
     parser.add_argument("--num_threads", type=int, default=1, help="on two cores, one thread is nearly as fast as two")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -328,6 +333,48 @@ def train_flow(images, labels, epochs, folder, flow_dir):
     pipeline.save_pretrained(flow_dir)
 
 
+def train_dit(images, labels, epochs, folder, dit_dir):
+    """A small DiT on the autoencoder in `folder`; its pipeline's empty class has the number 1000."""
+    vae = AutoencoderKL.from_pretrained(folder / "pipeline" / "vae", dtype=torch.float32).eval()
+    latents = encode(vae, images)
+    transformer = DiTTransformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        num_layers=5,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        norm_num_groups=16,
+        num_embeds_ada_norm=1000,
+    ).eval()  # in training mode each block would forget the class by itself
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+    parameters = list(transformer.parameters())
+    process = NoiseProcess(scheduler)
+    ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, power=0.75)
+
+    def loss_fn(batch):
+        x0, noise = latents[batch], torch.randn_like(latents[batch])
+        t = torch.randint(scheduler.config.num_train_timesteps, batch.shape)
+        classes = labels[batch].masked_fill(torch.rand(batch.shape) < 0.1, 1000)
+        output = transformer(process.add_noise(x0, noise, t), timestep=t, class_labels=classes).sample
+        return F.mse_loss(output, process.target(x0, noise, t))
+
+    train("dit", parameters, loss_fn, len(latents), epochs, 1e-3, after_step=lambda: ema.step(parameters))
+    ema.copy_to(parameters)
+    pipeline = DiTPipeline(transformer, vae, scheduler, id2label=dict(enumerate(CLASSES)))
+    pipeline.to(torch.float16)
+    pipeline.save_pretrained(dit_dir)
+
+
 def report(images, labels, folder, seed):
     """Measures what was saved, writes the reference statistics and the figures that the README quotes."""
     classifier = DemoClassifier(folder / "classifier")
@@ -355,6 +402,8 @@ def measure(pipeline, classifier, reference, folder, seed):
     options = {"max_sequence_length": FLOW_LENGTH} if is_flow(pipeline.scheduler) else {}
     prompts = [DEMO_PROMPTS[i % len(DEMO_PROMPTS)] for i in range(2000)]
     target = torch.tensor([DEMO_PROMPT_CLASS[prompt] for prompt in prompts])
+    if isinstance(pipeline, DiTPipeline):
+        prompts = target.tolist()
     trained_with = pipeline.scheduler
     rows = [(f"guidance_{scale}", trained_with, 25, scale) for scale in (1.0, 1.5, 1.75, 2.0)]
     rows.append(("4_steps", trained_with, 4, 1.0))
@@ -387,9 +436,7 @@ def measure(pipeline, classifier, reference, folder, seed):
         if name != "guidance_1.75":
             continue
         picks = [samples[c * len(PHRASINGS) + row * len(DEMO_PROMPTS)] for row in range(8) for c in range(10)]
-        grid = make_image_grid(
-            pipeline.image_processor.numpy_to_pil(torch.stack(picks).permute(0, 2, 3, 1).numpy()), 8, 10
-        )
+        grid = make_image_grid(pipeline.numpy_to_pil(torch.stack(picks).permute(0, 2, 3, 1).numpy()), 8, 10)
         grid.resize((grid.width * 2, grid.height * 2)).save(folder / f"samples_{name}.png")
     return figures
 
@@ -416,11 +463,12 @@ def main():
         elif stage == "report":
             report(*load_images(args.dataset, "test"), args.output_dir, args.seed)
         else:
-            train_flow(images, labels, args.flow_epochs, args.output_dir, args.flow_dir)
-            pipeline = read_pipeline(args.flow_dir)
+            is_dit = stage == "dit"
+            make, target = (train_dit, args.dit_dir) if is_dit else (train_flow, args.flow_dir)
+            make(images, labels, args.dit_epochs if is_dit else args.flow_epochs, args.output_dir, target)
             reference = load_file(args.output_dir / "reference_statistics.safetensors")
             classifier = DemoClassifier(args.output_dir / "classifier")
-            write_figures(measure(pipeline, classifier, reference, args.flow_dir, args.seed), args.flow_dir)
+            write_figures(measure(read_pipeline(target), classifier, reference, target, args.seed), target)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     print(f"{(time.time() - start) / 60:.1f} minutes, {(usage.ru_utime + usage.ru_stime) / 60:.1f} CPU minutes")
 
