@@ -202,18 +202,31 @@ def measure(way: str, teacher: str, updates: int) -> dict:
         seconds = (watch.now() - start) / updates
         return {"seconds": seconds, "memory": evaluation.peak_memory_mb() - before}
 
-    cycle = 4 if way == "ours_is" else 1
+    options = dict(per_device_train_batch_size=batch_size, torch_compile=way == "ours_compiled", **SETTINGS)
+    found = time_updates(pipeline, updates, 4 if way == "ours_is" else 1, watch, **options)
+    return {**found, "memory": evaluation.peak_memory_mb() - before}
+
+
+def time_updates(
+    pipeline: DiffusionPipeline, updates: int, cycle: int = 1, watch: Stopwatch | None = None, **options
+) -> dict:
+    """
+    Seconds of one of the trainer's updates behind `WARMUP`, and of its parts.
+
+    Args:
+        updates (`int`): measured, in rollouts: each serves `cycle` updates.
+        **options: of `RdmDistillConfig`.
+    """
+    watch = watch or Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         config = RdmDistillConfig(
             output_dir=folder,
             max_steps=WARMUP * cycle + updates * cycle,
-            per_device_train_batch_size=batch_size,
             num_iterations=cycle,
-            torch_compile=way == "ours_compiled",
             log_images_steps=0,
             save_strategy="no",
             logging_strategy="no",
-            **SETTINGS,
+            **options,
         )
         times = StepTimes(watch)
         prompts = Dataset.from_dict({"prompt": DEMO_PROMPTS})
@@ -228,8 +241,7 @@ def measure(way: str, teacher: str, updates: int) -> dict:
         trainer.train()
     ends = times.ends[WARMUP - 1 :]
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
-    parts = {name: value / (len(ends) - 1) for name, value in watch.seconds.items()}
-    return {"seconds": seconds, "memory": evaluation.peak_memory_mb() - before, "parts": parts}
+    return {"seconds": seconds, "parts": {name: value / (len(ends) - 1) for name, value in watch.seconds.items()}}
 
 
 def report(results: dict[str, dict[str, dict]]) -> str:
