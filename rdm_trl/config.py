@@ -159,8 +159,9 @@ class RdmDistillConfig(TrainingArguments):
 
         > Parameters that control the fake score
 
-        fake_updates (`int`, *optional*, defaults to `5`):
-            Updates of the fake score for each update of the student, all on the student's rollout.
+        fake_updates (`int`, *optional*, defaults to `1`):
+            Updates of the fake score for each update of the student, all on the student's rollout. With
+            `dm_centering="none"` (DMD) take 3 or more: its direction has all of the fake score's lag.
         fake_learning_rate (`float`, *optional*, defaults to `5e-5`):
             Learning rate of the fake score, which uses the same kind of optimizer as the student.
         fake_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
@@ -334,7 +335,7 @@ class RdmDistillConfig(TrainingArguments):
     )
 
     # Parameters that control the fake score
-    fake_updates: int = field(default=5, metadata={"help": "Fake-score updates for each update of the student."})
+    fake_updates: int = field(default=1, metadata={"help": "Fake-score updates for each update of the student."})
     fake_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of the fake score."})
     fake_lr_scheduler_type: SchedulerType | str = field(
         default="constant", metadata={"help": "Learning rate schedule of the fake score, over all of its updates."}
