@@ -111,8 +111,8 @@ class RdmDistillConfig(TrainingArguments):
             that off: guidance then acts in R_dm by `sample_guidance_scale`. Without effect on pipelines that have no
             guidance.
         target_updates (`int`, *optional*, defaults to `300`):
-            The most updates of the target, at `fake_learning_rate` falling to 0. It ends earlier where it denoises
-            held-out images no better, and is left as it was at its best.
+            The most updates of the target, at `fake_learning_rate`. It ends earlier where the average of its weights
+            denoises held-out images no better, and is left as that was at its best.
         teacher_cache_dir (`str`, *optional*):
             Folder that keeps the teacher's images and the target, so that later runs of the same teacher and prompts
             need not make them again; by default `rdm_trl` in Hugging Face's cache (`HF_HOME`).

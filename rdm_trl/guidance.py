@@ -118,7 +118,7 @@ def key_of_target(trainer, images: GuidedImages) -> str:
     names = ("num_teacher_images", "target_updates", "fake_learning_rate", "weight_decay", "max_grad_norm", "optim")
     what = {name: getattr(args, name) for name in names}
     what["adapter"] = trainer.model.adapter_config(TARGET)
-    what["draws"] = [target.BATCH, target.EVERY, target.PATIENCE, target.JUDGED, target.SEED]
+    what["draws"] = [target.BATCH, target.DECAY, target.EVERY, target.PATIENCE, target.JUDGED, target.SEED]
     return f"{images.key}-{digest(what)}"
 
 
@@ -158,7 +158,7 @@ def train(trainer, latents: torch.Tensor, prompts: list[str]) -> int:
         x0, noise = latents[draws.rows].to(device), draws.noise.to(device)
         return trainer.denoising_loss(TARGET, x0, noise, timesteps, trainer.encode([prompts[i] for i in draws.rows]))
 
-    score = trainer.make_score(TARGET, "target", "linear", 0, args.target_updates)
+    score = trainer.make_score(TARGET, "target", "constant", 0, args.target_updates)
     hidden = args.disable_tqdm or not trainer.is_world_process_zero()
     with tqdm(desc="training the target", total=args.target_updates, disable=hidden) as bar:
 
@@ -168,7 +168,11 @@ def train(trainer, latents: torch.Tensor, prompts: list[str]) -> int:
 
         shape, size = latents.shape[1:], args.per_device_train_batch_size
         updates, losses = target.train_target(score, loss_at, len(latents), shape, args.target_updates, size, progress)
-    logger.info(f"The target's loss on held-out images: {losses[0]:.4f} at first, {min(losses):.4f} at its best.")
+    if min(losses) == losses[0]:
+        logger.warning(
+            f"The target denoises held-out images of the guided teacher no better than the plain base: it has learned "
+            f"{len(latents)} images by heart, and its guidance is lost. Set a larger `num_teacher_images`."
+        )
     return updates
 
 

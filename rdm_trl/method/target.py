@@ -18,12 +18,14 @@ from accelerate.utils import reduce
 from .fake_score import FakeScore
 
 
-# Draws of an update, over all processes: a prompt's image at a noise level.
+# Draws of an update, over all processes: images at noise levels.
 BATCH = 64
+# Decay, per update, of the average of the weights, which is what is judged and kept.
+DECAY = 0.98
 # Updates between two looks at the held-out images, and looks without a better one before the end.
 EVERY = 20
 PATIENCE = 5
-# Draws of a look, at least: each held-out image in as many levels as that takes.
+# Draws of a look, at least: each held-out image at as many levels as that takes.
 JUDGED = 512
 SEED = 0
 
@@ -78,8 +80,9 @@ def train_target(
     progress: Callable[[float], None] = lambda loss: None,
 ) -> tuple[int, list[float]]:
     """
-    Trains the target by denoising until it denoises held-out images no better, and leaves it as it was at its best.
-    What is drawn depends on none of torch's global generators and not on the number of processes.
+    Trains the target by denoising until the average of its weights denoises held-out images no better, and leaves it
+    as that average was at its best. What is drawn depends on none of torch's global generators and, where 64 can be
+    divided by it, not on the number of processes.
 
     Args:
         score (`FakeScore`): with the target's parameters, which are trainable only here.
@@ -98,25 +101,37 @@ def train_target(
     judged = draw(held_out.repeat(-(-JUDGED // len(held_out))), shape, generator)
     per_update = -(-BATCH // PartialState().num_processes) * PartialState().num_processes
 
+    parameters = score.parameters
+    start, average, best = ([parameter.detach().clone() for parameter in parameters] for _ in range(3))
+
     @torch.no_grad()
     def look() -> float:
+        live = [parameter.clone() for parameter in parameters]
+        torch._foreach_copy_(parameters, average)
         total = torch.stack([loss_at(part) * len(part) for part in judged.own(batch_size)]).sum()
+        torch._foreach_copy_(parameters, live)
         return reduce(total, "sum").item() / len(judged)
 
-    for parameter in score.parameters:
+    for parameter in parameters:
         parameter.requires_grad_(True)
-    update, history = 0, [look()]
-    best = [parameter.detach().clone() for parameter in score.parameters]
-    for update in range(1, max_updates + 1):
-        chosen = trained[torch.randint(len(trained), (per_update,), generator=generator)]
-        score.update(loss_at, [(part,) for part in draw(chosen, shape, generator).own(batch_size)])
-        if update % EVERY == 0 or update == max_updates:
-            history.append(look())
-            if history[-1] == min(history):
-                best = [parameter.detach().clone() for parameter in score.parameters]
-            elif min(history[-PATIENCE:]) > min(history):
-                break
-        progress(history[-1])
-    for parameter, value in zip(score.parameters, best, strict=True):
-        parameter.requires_grad_(False).copy_(value)
+    left = start  # where this is interrupted
+    try:
+        update, history = 0, [look()]
+        for update in range(1, max_updates + 1):
+            chosen = trained[torch.randint(len(trained), (per_update,), generator=generator)]
+            score.update(loss_at, [(part,) for part in draw(chosen, shape, generator).own(batch_size)])
+            with torch.no_grad():  # what the weights began with is soon forgotten
+                torch._foreach_lerp_(average, parameters, 1 - min(DECAY, (1 + update) / (10 + update)))
+            if update % EVERY == 0 or update == max_updates:
+                history.append(look())
+                if history[-1] == min(history):
+                    torch._foreach_copy_(best, average)
+                elif min(history[-PATIENCE:]) > min(history):
+                    break
+            progress(history[-1])
+        left = best
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        torch._foreach_copy_(parameters, left)
     return update, history
