@@ -104,6 +104,18 @@ class RdmDistillConfig(TrainingArguments):
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Text encoders wait in the computer's memory and come to the device only to encode a new prompt or to draw
             samples: less memory, more time. With `prompt_cache_dir` prompts of an earlier run need none.
+        num_teacher_images (`int`, *optional*, defaults to `0`):
+            Absorbed guidance: so many images of the training prompts are drawn by the guided teacher
+            (`teacher_num_steps`, `teacher_guidance_scale`, its own scheduler) before the first update, and an adapter
+            of its own, the target, learns them. It then takes the teacher's place in R_dm, without guidance. `0` turns
+            that off: guidance then acts in R_dm by `sample_guidance_scale`. Without effect on pipelines that have no
+            guidance.
+        target_updates (`int`, *optional*, defaults to `300`):
+            The most updates of the target, at `fake_learning_rate`. It ends earlier where the average of its weights
+            denoises held-out images no better, and is left as that was at its best.
+        teacher_cache_dir (`str`, *optional*):
+            Folder that keeps the teacher's images and the target, so that later runs of the same teacher and prompts
+            need not make them again; by default `rdm_trl` in Hugging Face's cache (`HF_HOME`).
         num_generations (`int`, *optional*, defaults to `4`):
             Images per prompt: the group. `per_device_train_batch_size` must be divisible by it.
 
@@ -271,6 +283,13 @@ class RdmDistillConfig(TrainingArguments):
     )
     offload_encoders: bool = field(
         default=False, metadata={"help": "Text encoders are on the device only while they encode."}
+    )
+    num_teacher_images: int = field(
+        default=0, metadata={"help": "Images of the guided teacher that R_dm's teacher learns; 0: none."}
+    )
+    target_updates: int = field(default=300, metadata={"help": "The most updates of R_dm's teacher on them."})
+    teacher_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder that keeps the teacher's images and what learned them."}
     )
     num_generations: int = field(default=4, metadata={"help": "Images per prompt: the group."})
 
@@ -458,9 +477,12 @@ class RdmDistillConfig(TrainingArguments):
             ("reward_warmup", 0),
             ("sample_guidance_scale", 1),
             ("teacher_guidance_scale", 1),
+            ("num_teacher_images", 0),
+            ("target_updates", 1),
         ):
             if getattr(self, name) < smallest:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {smallest}.")
+        self._check_guidance()
         if self.dm_normalization == "group" and self.num_generations < 2:
             raise ValueError(
                 "`dm_normalization='group'` needs `num_generations` of at least 2: one image has no group. Use "
@@ -540,6 +562,23 @@ class RdmDistillConfig(TrainingArguments):
     def prompts_per_generation(self) -> int:
         """Prompts of all processes that are drawn before one of their rollouts is used again."""
         return self.per_device_train_batch_size // self.num_generations * self.world_size * self.steps_per_generation
+
+    def _check_guidance(self):
+        if self.num_teacher_images == 0:
+            return
+        if self.num_teacher_images == 1:
+            raise ValueError("`num_teacher_images` is 1, but must be 0 or at least 2: some are held out.")
+        if self.teacher_guidance_scale <= 1:
+            raise ValueError(
+                f"`num_teacher_images` is {self.num_teacher_images}, but `teacher_guidance_scale` is "
+                f"{self.teacher_guidance_scale}: there is no guidance to absorb. Set one of them."
+            )
+        if self.sample_guidance_scale > 1:
+            raise ValueError(
+                f"`sample_guidance_scale` is {self.sample_guidance_scale} beside `num_teacher_images="
+                f"{self.num_teacher_images}`: guidance would act in R_dm twice. Absorb it, with "
+                "`sample_guidance_scale=1.0`, or keep it in R_dm, with `num_teacher_images=0`."
+            )
 
     def _check_grid(self):
         if (self.sample_height is None) != (self.sample_width is None):

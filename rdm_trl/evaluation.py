@@ -6,8 +6,11 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel
+
+from .prompts import split_rows
 
 
 class PretrainedFeatures(nn.Module):
@@ -117,6 +120,50 @@ class Judge:
             figures["class_accuracy"] = class_accuracy(torch.cat([logits for _, logits in outputs]).cpu(), target)
         figures["diversity"] = diversity(features, prompts)
         return figures
+
+
+def sample(trainer, who: str, prompts: list[str], description: str | None, seed: int | None) -> torch.Tensor:
+    """`RdmDistillTrainer.sample`, which see."""
+    args, family = trainer.args, trainer.family
+    base_scheduler, unguided = family.pipeline.scheduler, family.student_guidance_scale
+    role, scheduler, num_steps, guidance_scale = {
+        "teacher": ("teacher", base_scheduler, args.teacher_num_steps, args.teacher_guidance_scale),
+        "base": ("teacher", base_scheduler, args.sample_num_steps, unguided),
+        "student": ("ema", trainer.student_scheduler, args.sample_num_steps, unguided),
+    }[who]
+    seed = args.seed if seed is None else seed
+    rest = args.negative_prompts, seed, args.per_device_eval_batch_size, None if args.disable_tqdm else description
+    with trainer.model.use(role), trainer.accelerator.autocast():
+        return family.sample_in_batches(scheduler, prompts, num_steps, guidance_scale, *rest)
+
+
+def measure(trainer, dataset: Dataset):
+    """
+    Fills `trainer.metrics` for `num_eval_images` images of the prompts in turn, `num_generations` of each; the
+    teacher's and the base's figures only once, since they never change.
+    """
+    args, (all_prompts, all_metadata) = trainer.args, split_rows(list(dataset))
+    chosen = [i % len(all_prompts) for i in range(-(-args.num_eval_images // args.num_generations))]
+    chosen = [i for i in chosen for _ in range(args.num_generations)]
+    prompts, metadata = [all_prompts[i] for i in chosen], [all_metadata[i] for i in chosen]
+    for who in ("teacher", "base", "student"):
+        if who != "student" and trainer._measured.get(who) == prompts:
+            continue
+        images = trainer.sample(who, prompts, description=f"evaluating the {who}")
+        rewards, _ = trainer.compute_rewards([[images, prompts, metadata]])[0]
+        named = dict(zip(trainer.rewards.names, rewards.nanmean(0).tolist(), strict=True))
+        trainer.metrics[who] = {**trainer.judge(who, images, prompts), "rewards": named}
+        trainer._measured[who] = prompts
+    trainer.metrics["note"] = f"{len(prompts)} images of each model, seed {args.seed}, {machine()}."
+
+
+def flat_figures(metrics: dict, prefix: str) -> dict[str, float]:
+    """`metrics` as `RdmDistillTrainer.evaluate` returns them."""
+    results = {}
+    for who, of in (("student", ""), ("base", "base_"), ("teacher", "teacher_")):
+        figures = {**metrics[who], **metrics[who]["rewards"]}
+        results |= {f"{prefix}_{of}{name}": value for name, value in figures.items() if name != "rewards"}
+    return results
 
 
 def peak_memory_mb() -> float:

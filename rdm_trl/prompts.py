@@ -5,7 +5,7 @@ import hashlib
 import os
 import random
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,8 @@ class PromptCache:
             for i, prompt in enumerate(chunk):
                 encoded[prompt] = {key: value[i].cpu() for key, value in condition.items()}
                 if self.folder is not None:
-                    self._write(prompt, encoded[prompt])
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    write_tensors(self._file(prompt), encoded[prompt])
         self.conditions.update(encoded)
         while len(self.conditions) > PROMPT_CACHE_SIZE:
             self.conditions.popitem(last=False)
@@ -98,21 +99,26 @@ class PromptCache:
         digest = hashlib.sha256(f"{self.name}\n{prompt}".encode()).hexdigest()
         return self.folder / f"{digest[:32]}.safetensors"
 
-    def _write(self, prompt: str, condition: dict[str, torch.Tensor]):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self._file(prompt)
-        # Under another name at first: another process may look for it, and this one may be killed.
-        unfinished = file.with_suffix(f".{os.getpid()}")
-        save_file({key: value.contiguous() for key, value in condition.items()}, unfinished)
-        unfinished.replace(file)
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor]):
+    """A safetensors file, under another name at first: another process may look for it, and this one be killed."""
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    save_file({key: value.contiguous() for key, value in tensors.items()}, unfinished)
+    unfinished.replace(file)
+
+
+def fingerprint(parameters: Iterable[torch.Tensor]) -> str:
+    """Of weights, so that what was made with them is not taken for what others would make."""
+    parts = ((p.sum(dtype=torch.float64) + 2 * p.abs().sum(dtype=torch.float64)).item() for p in parameters)
+    # Rounded: another device adds in another order.
+    return f"{sum((i + 1) * part for i, part in enumerate(parts)):.10g}"
 
 
 def prompt_caches(family, config, base_model: str) -> tuple[PromptCache, PromptCache]:
     """Of prompts and of negative prompts, for a family of pipelines and a run's config."""
     name = f"{base_model} {family.height}x{family.width} {family.dtype} {family.prompt_limit}"
     if config.prompt_cache_dir is not None:  # a path or no name may stand for other encoders tomorrow
-        parameters = (p for module in family.encoders() for p in module.parameters())
-        name += f" {sum(p.double().sum().item() for p in parameters)}"
+        name += f" {fingerprint(p for module in family.encoders() for p in module.parameters())}"
 
     def encode(prompts):
         with family.encoders_at_hand():

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, get_scheduler
 
-from . import evaluation
+from . import evaluation, guidance
 from .callbacks import DriftWarningCallback, EmaCallback, ImageTracker, SampleGridCallback, StopOnSignalCallback
 from .config import RdmDistillConfig
 from .ddpo import generate_samples, policy_loss
@@ -133,7 +133,8 @@ class RdmDistillTrainer(Trainer):
 
         # Model: one frozen denoiser and its adapters, equal on all processes
         set_seed(config.seed)
-        roles = make_roles(self.family, peft_config, teacher_lora, student_lora)
+        absorbs = config.num_teacher_images > 0 and config.teacher_guidance_scale > 1 and self.family.has_guidance()
+        roles = make_roles(self.family, peft_config, teacher_lora, student_lora, absorbs)
         self.teacher_lora, self.student_lora = (path and str(path) for path in (teacher_lora, student_lora))
 
         super().__init__(
@@ -156,6 +157,7 @@ class RdmDistillTrainer(Trainer):
         # Other noise on each process, from here on.
         set_seed(config.seed, device_specific=True)
 
+        self.absorbs_guidance, self.target_key = absorbs, None
         self.fake_score = None
         self.judge = load_demo_judge() if self.is_demo else evaluation.Judge()
         if config.eval_feature_model is not None:
@@ -186,7 +188,10 @@ class RdmDistillTrainer(Trainer):
 
     @torch.no_grad()
     def predict_teacher(self, x_t, timesteps, condition) -> torch.Tensor:
-        """The teacher's denoised prediction, with guidance as its pipeline computes it."""
+        """R_dm's teacher: the target, or the teacher with guidance as its pipeline computes it."""
+        if self.absorbs_guidance:
+            self.cost["teacher_evaluations"] += len(x_t)
+            return self.predict_x0(self.model, "target", x_t, timesteps, condition)
 
         def denoise(x_t, timesteps, condition):
             self.cost["teacher_evaluations"] += len(x_t)
@@ -201,8 +206,21 @@ class RdmDistillTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As `Trainer.train`; `True`: from the newest complete checkpoint. SIGTERM and Ctrl-C save one and end it."""
         folder = checkpoint.find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if folder is not None:
+            checkpoint.check_settings(Path(folder), self.settings(), self.args.resume_with_changes)
+        if self.absorbs_guidance:
+            self.absorb_guidance(folder)
         with self.stop_callback.listening():
             return super().train(folder, *args, **kwargs)
+
+    def absorb_guidance(self, resumed_from: str | None = None):
+        """Before the first update: the guided teacher draws its images, and the target learns them."""
+        images = guidance.GuidedImages(self)
+        key = guidance.key_of_target(self, images)
+        known = self.target_key if resumed_from is None else checkpoint.key_of_target(Path(resumed_from))
+        if known != key:
+            guidance.absorb_guidance(self, images, key)
+        self.target_key = key
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         start = time.perf_counter()
@@ -368,17 +386,20 @@ class RdmDistillTrainer(Trainer):
         """`fake_updates` denoising updates of the fake score on the student's latest images."""
 
         def denoising_loss(x0, condition, seen):
-            with self.accelerator.autocast():
-                timesteps = self.process.timesteps_at(seen + (1 - seen) * torch.rand(len(x0))).to(x0.device)
-                noise = torch.randn_like(x0)
-                x_t = self.process.add_noise(x0, noise, timesteps)
-                output = self.family.denoise(lambda *a, **k: self.model("fake", *a, **k), x_t, timesteps, condition)
-                return losses.denoising_loss(output, self.process.target(x0, noise, timesteps))
+            timesteps = self.process.timesteps_at(seen + (1 - seen) * torch.rand(len(x0))).to(x0.device)
+            return self.denoising_loss("fake", x0, torch.randn_like(x0), timesteps, condition)
 
         for _ in range(self.args.fake_updates):
             self._record({"loss/fake": self.fake_score.update(denoising_loss, self._fake_batches)})
         self._fake_batches.clear()
         self._record({"fake_learning_rate": self.fake_score.scheduler.get_last_lr()[0]})
+
+    def denoising_loss(self, role: str, x0, noise, timesteps, condition) -> torch.Tensor:
+        """How well `role` denoises the images `x0` (B, ...), in the network's own parameterisation."""
+        with self.accelerator.autocast():
+            x_t = self.process.add_noise(x0, noise, timesteps)
+            output = self.family.denoise(lambda *a, **k: self.model(role, *a, **k), x_t, timesteps, condition)
+            return losses.denoising_loss(output, self.process.target(x0, noise, timesteps))
 
     def create_optimizer(self, model=None):
         """The student's optimizer, and beside it the fake score's."""
@@ -388,13 +409,18 @@ class RdmDistillTrainer(Trainer):
             parameters = self.model.adapter_parameters("student")
             self.optimizer = optimizer_class(parameters, weight_decay=args.weight_decay, **kwargs)
         if self.fake_score is None:
-            parameters = self.model.adapter_parameters("fake")
-            kwargs["lr"] = args.fake_learning_rate
-            optimizer = optimizer_class(parameters, weight_decay=args.weight_decay, **kwargs)
-            num_updates = args.max_steps * args.fake_updates
-            scheduler = get_scheduler(args.fake_lr_scheduler_type, optimizer, args.fake_warmup_steps, num_updates)
-            self.fake_score = FakeScore(parameters, optimizer, scheduler, args.max_grad_norm)
+            schedule = args.fake_lr_scheduler_type, args.fake_warmup_steps, args.max_steps * args.fake_updates
+            self.fake_score = self.make_score("fake", "fake score", *schedule)
         return self.optimizer
+
+    def make_score(self, role: str, name: str, schedule: str, warmup_steps: int, num_updates: int) -> FakeScore:
+        """What trains `role` by denoising, with an optimizer and a schedule of its own."""
+        args, parameters = self.args, self.model.adapter_parameters(role)
+        optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
+        kwargs["lr"] = args.fake_learning_rate
+        optimizer = optimizer_class(parameters, weight_decay=args.weight_decay, **kwargs)
+        scheduler = get_scheduler(schedule, optimizer, warmup_steps, num_updates)
+        return FakeScore(parameters, optimizer, scheduler, args.max_grad_norm, name)
 
     # ------------------------------------------------------------------------------------------------ DDPO's interface
 
@@ -458,16 +484,7 @@ class RdmDistillTrainer(Trainer):
             description (`str`, *optional*): title of a progress bar.
             seed (`int`, *optional*): of the noise; the run's seed by default.
         """
-        args, base_scheduler, unguided = self.args, self.sd_pipeline.scheduler, self.family.student_guidance_scale
-        role, scheduler, num_steps, guidance_scale = {
-            "teacher": ("teacher", base_scheduler, args.teacher_num_steps, args.teacher_guidance_scale),
-            "base": ("teacher", base_scheduler, args.sample_num_steps, unguided),
-            "student": ("ema", self.student_scheduler, args.sample_num_steps, unguided),
-        }[who]
-        seed = args.seed if seed is None else seed
-        rest = args.negative_prompts, seed, args.per_device_eval_batch_size, None if args.disable_tqdm else description
-        with self.model.use(role), self.accelerator.autocast():
-            return self.family.sample_in_batches(scheduler, prompts, num_steps, guidance_scale, *rest)
+        return evaluation.sample(self, who, prompts, description, seed)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """
@@ -480,32 +497,14 @@ class RdmDistillTrainer(Trainer):
             mean.
         """
         dataset = check_prompts(eval_dataset, "eval_dataset") if eval_dataset is not None else self.eval_dataset
-        all_prompts, metadata = split_rows(list(dataset))
-        chosen = [i % len(all_prompts) for i in range(-(-self.args.num_eval_images // self.args.num_generations))]
-        chosen = [i for i in chosen for _ in range(self.args.num_generations)]
         if self.is_world_process_zero():
-            self._measure([all_prompts[i] for i in chosen], [metadata[i] for i in chosen])
+            evaluation.measure(self, dataset)
             write_metrics(self, Path(self.args.output_dir))
         self.metrics = broadcast_object_list([self.metrics])[0]
-        results = {}
-        for who, prefix in (("student", ""), ("base", "base_"), ("teacher", "teacher_")):
-            figures = {**self.metrics[who], **self.metrics[who]["rewards"]}
-            results |= {f"{metric_key_prefix}_{prefix}{name}": v for name, v in figures.items() if name != "rewards"}
+        results = evaluation.flat_figures(self.metrics, metric_key_prefix)
         self.log(dict(results))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
-
-    def _measure(self, prompts: list[str], metadata: list[Any]):
-        """Fills `self.metrics`; the teacher's and the base's figures only once, since they never change."""
-        for who in ("teacher", "base", "student"):
-            if who != "student" and self._measured.get(who) == prompts:
-                continue
-            images = self.sample(who, prompts, description=f"evaluating the {who}")
-            rewards, _ = self.compute_rewards([[images, prompts, metadata]])[0]
-            named = dict(zip(self.rewards.names, rewards.nanmean(0).tolist(), strict=True))
-            self.metrics[who] = {**self.judge(who, images, prompts), "rewards": named}
-            self._measured[who] = prompts
-        self.metrics["note"] = f"{len(prompts)} images of each model, seed {self.args.seed}, {evaluation.machine()}."
 
     def _record(self, figures: dict[str, Any]):
         for name, value in figures.items():
@@ -589,8 +588,7 @@ class RdmDistillTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         folder = Path(resume_from_checkpoint)
-        checkpoint.check_settings(folder, self.settings(), self.args.resume_with_changes)
-        checkpoint.load_adapters(folder, self.model)
+        checkpoint.load_adapters(folder, self.model, self.target_key)
         self.cost = checkpoint.read_metrics(folder)["cost"]
 
     def _load_optimizer_and_scheduler(self, folder: str | None):

@@ -10,13 +10,14 @@ from torch import nn
 
 class FakeScore:
     """
-    Trains the adapter that knows the student's distribution. It has its own optimizer and schedule, and stands outside
-    DDP, which wraps the student.
+    Trains an adapter by denoising: the one that knows the student's distribution, or the target. It has its own
+    optimizer and schedule, and stands outside DDP, which wraps the student.
 
     Args:
         parameters: of the adapter.
-        optimizer, scheduler: of these parameters; the schedule counts the fake score's own updates.
+        optimizer, scheduler: of these parameters; the schedule counts the adapter's own updates.
         max_grad_norm (`float`, *optional*): gradients are clipped to it.
+        name (`str`, *optional*): for errors.
     """
 
     def __init__(
@@ -25,9 +26,10 @@ class FakeScore:
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         max_grad_norm: float | None,
+        name: str = "fake score",
     ):
         self.parameters, self.optimizer, self.scheduler = parameters, optimizer, scheduler
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.name = max_grad_norm, name
 
     def update(self, loss_fn: Callable[..., torch.Tensor], batches: Iterable[tuple]) -> torch.Tensor:
         """
@@ -41,7 +43,7 @@ class FakeScore:
             loss = loss_fn(*batch)
             if not loss.isfinite():
                 self.optimizer.zero_grad()
-                raise FloatingPointError(f"The fake score's loss is {loss.item()}; lower `fake_learning_rate`.")
+                raise FloatingPointError(f"The {self.name}'s loss is {loss.item()}; lower `fake_learning_rate`.")
             loss.backward()
             values.append(loss.detach())
         # Some layers may have no part in the output: the last block's text stream, for example.
@@ -54,7 +56,7 @@ class FakeScore:
         if not norm.isfinite():
             self.optimizer.zero_grad()
             raise FloatingPointError(
-                f"The fake score's gradient is {norm.item()}; lower `fake_learning_rate` or train in full precision."
+                f"The {self.name}'s gradient is {norm.item()}; lower `fake_learning_rate` or train in full precision."
             )
         if self.max_grad_norm:
             nn.utils.clip_grads_with_norm_(trained, self.max_grad_norm, norm)

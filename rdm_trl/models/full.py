@@ -3,32 +3,36 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from .pipelines.base import PipelineFamily
-from .roles import ADAPTERS, TEACHER, NetworkRoles
+from .roles import ADAPTERS, TARGET, TEACHER, NetworkRoles
 
 
 class FullRoles(NetworkRoles):
     """
     What [`roles.Roles`] is with adapters, with a copy of the denoiser, in float32, for each of student, fake score and
-    average; the teacher is the denoiser itself. Memory: four networks, and gradients and optimizer states of two.
+    average, and for a target; the teacher is the denoiser itself. Memory: four networks, five with a target, and
+    gradients and optimizer states of two.
 
     Args:
         denoiser (`ModelMixin`): a diffusers UNet or transformer; it is frozen in place.
+        target (`bool`, *optional*, defaults to `False`): whether there is a target.
     """
 
     kind = "model"
 
-    def __init__(self, denoiser: nn.Module):
+    def __init__(self, denoiser: nn.Module, target: bool = False):
         super().__init__()
+        self.adapters = (*ADAPTERS, TARGET) if target else ADAPTERS
         self.denoiser = denoiser.requires_grad_(False).eval()
-        self.networks = nn.ModuleDict({name: copy.deepcopy(denoiser).float() for name in ADAPTERS})
+        self.networks = nn.ModuleDict({name: copy.deepcopy(denoiser).float() for name in self.adapters})
         for parameter in self.adapter_parameters("student", "fake"):
             parameter.requires_grad_(True)
-        # DDP wraps this module for the student alone: the fake score is trained outside its forward pass.
+        # DDP wraps this module for the student alone: fake score and target are trained outside its forward pass.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_parameters() if not name.startswith("networks.student.")
         ]
@@ -42,6 +46,14 @@ class FullRoles(NetworkRoles):
     def adapter_parameters(self, *names: str) -> list[nn.Parameter]:
         """Parameters of the named copies, in a fixed order."""
         return [parameter for name in names for parameter in self.networks[name].parameters()]
+
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the teacher."""
+        return list(self.denoiser.parameters())
+
+    def adapter_config(self, name: str) -> dict[str, Any]:
+        """A whole network has no more to say."""
+        return {"kind": self.kind} if name in self.adapters else {}
 
     def adapter_state(self, name: str) -> dict[str, torch.Tensor]:
         """Copy of a copy's weights."""
@@ -57,7 +69,7 @@ class FullRoles(NetworkRoles):
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
         """What `transformers.Trainer` calls for `activation_checkpointing=True`."""
-        for name in ("student", "fake"):
+        for name in self.adapters:
             self.networks[name].enable_gradient_checkpointing()
 
     def save(self, family: PipelineFamily, folder: Path):

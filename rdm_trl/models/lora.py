@@ -20,9 +20,11 @@ def make_roles(
     peft_config: LoraConfig | bool | None,
     teacher_lora: str | Path | None = None,
     student_lora: str | Path | None = None,
+    target: bool = False,
 ) -> NetworkRoles:
     """
     The roles of a run; by default adapters of rank 32 on the family's layers, whole networks with `False`.
+    With `target` there is a role for what absorbs the teacher's guidance.
 
     Raises:
         ValueError: one of the LoRAs is not for this pipeline, `peft_config` stands beside `student_lora`, the pipeline
@@ -46,7 +48,7 @@ def make_roles(
             )
         if getattr(family.denoiser, "is_quantized", False):  # diffusers sets it only where it is so
             raise ValueError("`peft_config=False` trains copies of the denoiser, which must not be quantized.")
-        return FullRoles(family.denoiser)
+        return FullRoles(family.denoiser, target)
     teacher = read_lora(family, teacher_lora, "teacher_lora") if teacher_lora is not None else None
     student = read_lora(family, student_lora, "student_lora") if student_lora is not None else None
     if student is not None:
@@ -57,7 +59,7 @@ def make_roles(
         peft_config = LoraConfig(r=32, lora_alpha=32, init_lora_weights="gaussian")
     if peft_config.target_modules is None:
         peft_config = replace(peft_config, target_modules=family.lora_target_modules)
-    return Roles(family.denoiser, peft_config, teacher, student)
+    return Roles(family.denoiser, peft_config, teacher, student, target)
 
 
 def read_lora(family: PipelineFamily, path: str | Path, option: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""One frozen denoiser that plays every role: teacher, student, fake score and EMA of the student."""
+"""One frozen denoiser that plays every role: teacher, student, fake score, EMA of the student, and target."""
 
 import warnings
 from collections import Counter
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
@@ -21,6 +22,10 @@ from .pipelines.base import PipelineFamily
 
 TEACHER = "teacher"
 ADAPTERS = ("student", "fake", "ema")
+# A further one, of runs that absorb the teacher's guidance: R_dm's teacher is then not "teacher" but this.
+TARGET = "target"
+# The target begins the same in runs of other seeds, which may share it.
+TARGET_SEED = 0
 
 
 class NetworkRoles(nn.Module):
@@ -31,12 +36,14 @@ class NetworkRoles(nn.Module):
 
     Attributes:
         denoiser: the network that the pipeline holds.
+        adapters (`tuple[str]`): all roles but the teacher's.
         role (`str`): what it plays now.
         kind (`str`): what is saved, for the model card.
         lora_config (`LoraConfig`, *optional*): of the student, where it is a LoRA.
     """
 
     kind: str
+    adapters: tuple[str, ...]
     lora_config: LoraConfig | None = None
     _run: Callable | None = None  # the compiled denoiser
 
@@ -61,8 +68,8 @@ class NetworkRoles(nn.Module):
     @contextmanager
     def use(self, role: str):
         """Everything that calls the denoiser inside the block, a pipeline for example, meets it in this role."""
-        if role not in (TEACHER, *ADAPTERS):
-            raise ValueError(f"Unknown role {role!r}: one of {', '.join((TEACHER, *ADAPTERS))}.")
+        if role not in (TEACHER, *self.adapters):
+            raise ValueError(f"Unknown role {role!r}: one of {', '.join((TEACHER, *self.adapters))}.")
         previous = self.role
         self._set(role)
         try:
@@ -87,7 +94,8 @@ class NetworkRoles(nn.Module):
 
 class Roles(NetworkRoles):
     """
-    Wraps a diffusers denoiser with one LoRA adapter each for the student, the fake score and the student's EMA.
+    Wraps a diffusers denoiser with one LoRA adapter each for the student, the fake score, the student's EMA and, where
+    it is asked for, the target.
 
     The teacher is the denoiser itself, all adapters off, or with a frozen LoRA of its own. The other adapters then
     begin as a copy of that LoRA, followed by their own rank: each role is one adapter, and the student's alone is all
@@ -98,9 +106,10 @@ class Roles(NetworkRoles):
 
     Args:
         denoiser (`ModelMixin`): a diffusers UNet or transformer; it is frozen in place.
-        lora_config (`LoraConfig`): of all three adapters, which start equal (and the student equal to the teacher).
+        lora_config (`LoraConfig`): of all adapters, which start as the teacher.
         teacher (`tuple[LoraConfig, dict]`, *optional*): the teacher's own LoRA; rank is added to `lora_config`'s.
         student (`tuple[LoraConfig, dict]`, *optional*): a LoRA that the student begins as; the fake score does not.
+        target (`bool`, *optional*, defaults to `False`): whether there is a target.
 
     Raises:
         ValueError: the teacher's LoRA is none that another can begin as.
@@ -114,45 +123,50 @@ class Roles(NetworkRoles):
         lora_config: LoraConfig,
         teacher: tuple[LoraConfig, dict] | None = None,
         student: tuple[LoraConfig, dict] | None = None,
+        target: bool = False,
     ):
         super().__init__()
+        self.adapters = (*ADAPTERS, TARGET) if target else ADAPTERS
         self.denoiser = denoiser.requires_grad_(False).eval()
         self.lora_config = lora_config
         self.has_teacher_lora = teacher is not None
         joined = joined_config(lora_config, denoiser, teacher[1]) if teacher else lora_config
         of_student = student[0] if student else joined
-        configs = {"student": of_student, "fake": joined, "ema": of_student} | (
-            {TEACHER: teacher[0]} if teacher else {}
-        )
+        configs = {"student": of_student, "fake": joined, "ema": of_student}
+        configs |= {TEACHER: teacher[0]} if teacher else {}
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message="Already found a `peft_config`"
             )  # several adapters are the point
             for name, config in configs.items():
-                if isinstance(denoiser, PeftAdapterMixin):
-                    denoiser.add_adapter(config, adapter_name=name)
-                else:
-                    inject_adapter_in_model(config, denoiser, name)
+                add_adapter(denoiser, config, name)
+            if target:  # last, and with noise of its own: all else is as it would be without
+                configs[TARGET] = joined
+                with torch.random.fork_rng([denoiser.device] if denoiser.device.type == "cuda" else []):
+                    torch.manual_seed(TARGET_SEED)
+                    add_adapter(denoiser, joined, TARGET)
         self.layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
         if teacher is not None:
             self.load_adapter(TEACHER, teacher[1])
-            for name in ("student", "fake"):
-                self._begin_as_teacher(name)
+            for name in self.adapters:
+                if name != "ema":
+                    self._begin_as_teacher(name)
         if student is not None:
             self.load_adapter("student", student[1])
         # Named once: a search through all layers would be felt in every update.
         self._parameters_of = {
             name: [p for path, p in denoiser.named_parameters() if f".{name}." in path] for name in configs
         }
-        for parameter in self.adapter_parameters(*ADAPTERS):
+        for parameter in self.adapter_parameters(*self.adapters):
             parameter.data = parameter.data.float()  # a half-precision base, full-precision training
         for name in configs:
             for parameter in self.adapter_parameters(name):
                 parameter.requires_grad_(name in ("student", "fake"))
         self.load_adapter("ema", self.adapter_state("student"))
-        # DDP wraps this module for the student alone: the fake score is trained outside its forward pass.
+        # DDP wraps this module for the student alone: fake score and target are trained outside its forward pass.
+        ignored = [f".{name}." for name in self.adapters if name != "student"]
         self._ddp_params_and_buffers_to_ignore = [
-            name for name, _ in self.named_parameters() if ".fake." in name or ".ema." in name
+            name for name, _ in self.named_parameters() if any(part in name for part in ignored)
         ]
         self._set(TEACHER)
 
@@ -177,6 +191,16 @@ class Roles(NetworkRoles):
     def adapter_parameters(self, *names: str) -> list[nn.Parameter]:
         """Parameters of the named adapters, in a fixed order."""
         return [parameter for name in names for parameter in self._parameters_of[name]]
+
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the base, without any adapter but the teacher's."""
+        trained = {id(parameter) for parameter in self.adapter_parameters(*self.adapters)}
+        return [parameter for parameter in self.denoiser.parameters() if id(parameter) not in trained]
+
+    def adapter_config(self, name: str) -> dict[str, Any]:
+        """What peft says of an adapter; nothing where there is none of that name."""
+        config = self.denoiser.peft_config.get(name)
+        return config.to_dict() if config is not None else {}
 
     def adapter_state(self, name: str) -> dict[str, torch.Tensor]:
         """Copy of an adapter's weights under peft's keys, which do not hold the adapter's name."""
@@ -234,6 +258,14 @@ class Roles(NetworkRoles):
             return checkpoint(recomputable, *args, use_reentrant=False)
 
         self.denoiser.enable_gradient_checkpointing(checkpoint_in_role)
+
+
+def add_adapter(denoiser: nn.Module, config: LoraConfig, name: str):
+    """Adds a LoRA to a denoiser of diffusers, whether or not its class has a method for that."""
+    if isinstance(denoiser, PeftAdapterMixin):
+        denoiser.add_adapter(config, adapter_name=name)
+    else:
+        inject_adapter_in_model(config, denoiser, name)
 
 
 def adapter_state(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:

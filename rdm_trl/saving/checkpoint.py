@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, send_to_device
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..method.experience import Experience
-from ..models.roles import ADAPTERS, Roles
+from ..models.roles import TARGET, NetworkRoles
 
 
 logger = logging.get_logger(__name__)
@@ -33,24 +34,25 @@ FREE_SETTINGS = (
     "per_device_eval_batch_size",
     "logging_steps",
     "prompt_cache_dir",
+    "teacher_cache_dir",
     "offload_encoders",
     "reward_timeout",
-    "teacher_num_steps",
-    "teacher_guidance_scale",
     "num_eval_images",
     "eval_feature_model",
     "log_images_steps",
     "num_log_images",
     "resume_with_changes",
 )
+# And these, where R_dm's teacher has not learned what they made.
+TEACHER_SETTINGS = ("teacher_num_steps", "teacher_guidance_scale")
 
 
 # ----------------------------------------------------------------------------------------------------- complete or not
 
 
-def begin(folder: Path, roles: Roles):
+def begin(folder: Path, roles: NetworkRoles):
     """Prepares `folder` for what `Trainer` saves. Raises `FloatingPointError` for weights that are not finite."""
-    for name in ADAPTERS:
+    for name in roles.adapters:
         for key, value in roles.adapter_state(name).items():
             if not value.isfinite().all():
                 raise FloatingPointError(
@@ -143,7 +145,7 @@ def check_settings(folder: Path, settings: dict[str, Any], with_changes: bool):
     differs; only warns `with_changes`. A checkpoint's settings are compared and never acted on.
     """
     saved, settings = read_metrics(folder)["settings"], json.loads(json.dumps(settings))
-    free = [*FREE_SETTINGS]
+    free = [*FREE_SETTINGS] if settings["num_teacher_images"] else [*FREE_SETTINGS, *TEACHER_SETTINGS]
     schedules = (settings["lr_scheduler_type"], settings["fake_lr_scheduler_type"])
     if all(schedule in ("constant", "constant_with_warmup") for schedule in schedules):
         free.append("max_steps")
@@ -171,17 +173,30 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 def save_training_state(folder: Path, trainer):
     """All adapters, the fake score's optimizer and the mixing's running averages."""
-    states = {name: trainer.model.adapter_state(name) for name in ADAPTERS}
+    states = {name: trainer.model.adapter_state(name) for name in trainer.model.adapters}
     adapters = {f"{name}.{key}": v.contiguous() for name, state in states.items() for key, v in state.items()}
-    save_file(adapters, folder / "adapters.safetensors")
+    save_file(adapters, folder / "adapters.safetensors", {TARGET: trainer.target_key or ""})
     torch.save(trainer.fake_score.state_dict(), folder / "fake_optimizer.pt")
     save_file(trainer.rewards.mixer.state, folder / "mixer.safetensors")
 
 
-def load_adapters(folder: Path, roles: Roles):
-    """Raises `ValueError` where the adapters are not those of `roles`."""
-    state = load_file(folder / "adapters.safetensors")
-    for name in ADAPTERS:
+def key_of_target(folder: Path) -> str:
+    """The name of all that the checkpoint's target depends on; empty where it has none."""
+    with safe_open(folder / "adapters.safetensors", "pt") as file:
+        return (file.metadata() or {}).get(TARGET, "")
+
+
+def load_adapters(folder: Path, roles: NetworkRoles, target_key: str | None = None):
+    """
+    All adapters; the target only where it is the one named `target_key`, since another was then made for this run.
+
+    Raises:
+        ValueError: the adapters are not those of `roles`.
+    """
+    state, names = load_file(folder / "adapters.safetensors"), [*roles.adapters]
+    if TARGET in names and key_of_target(folder) != target_key:
+        names.remove(TARGET)
+    for name in names:
         roles.load_adapter(name, {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")})
 
 

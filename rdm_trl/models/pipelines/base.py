@@ -155,6 +155,10 @@ class PipelineFamily:
 
     # ------------------------------------------------------------------------------------------- prompts and denoiser
 
+    def has_guidance(self) -> bool:
+        """Whether a guidance scale changes what the pipeline draws."""
+        return True
+
     def limit_prompts(self, max_sequence_length: int | None):
         """
         Longest prompt in tokens, in every call of the pipeline and of its `encode_prompt`; None, the pipeline's own.
@@ -248,9 +252,13 @@ class PipelineFamily:
         num_steps: int,
         guidance_scale: float,
         negative_prompt: str,
-        generator: torch.Generator,
+        generator: torch.Generator | list[torch.Generator],
+        output_type: str = "pt",
     ) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1] of the pipeline itself, in the denoiser's current role."""
+        """
+        Images (B, 3, H, W) in [0, 1] of the pipeline itself, in the denoiser's current role; its noise from one
+        generator, or from one for each image.
+        """
         arguments = self.call_arguments(prompts, guidance_scale, negative_prompt)
         if scheduler is self.student_scheduler:
             arguments |= self.student_grid
@@ -260,13 +268,18 @@ class PipelineFamily:
         try:
             # Many pipelines do not hand their generator on to the scheduler, whose noise then is torch's.
             with self.encoders_at_hand(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-                torch.manual_seed(generator.initial_seed() + 1)
+                first = generator[0] if isinstance(generator, list) else generator
+                torch.manual_seed(first.initial_seed() + 1)
                 images = self.pipeline(
-                    **arguments, num_inference_steps=num_steps, generator=generator, output_type="pt"
+                    **arguments, num_inference_steps=num_steps, generator=generator, output_type=output_type
                 ).images
         finally:
             self.pipeline.scheduler = base_scheduler
         return images.float()
+
+    def sample_latents(self, *arguments) -> torch.Tensor:
+        """As `sample`, but the latents (B, ...) behind the last step, float32, in the form the denoiser takes them."""
+        return self.sample(*arguments, output_type="latent")
 
     def sample_in_batches(
         self,

@@ -1,8 +1,11 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """Pipelines without text: class-conditional DiT and unconditional UNets. Peft loads their LoRAs."""
 
+from unittest.mock import patch
+
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiTPipeline
+from diffusers.models.autoencoders.vae import DecoderOutput
 
 from .base import ATTENTION_LAYERS, PipelineFamily, refuse_negative_prompts
 
@@ -58,6 +61,18 @@ class DiTFamily(PipelineFamily):
         output = denoiser(x_t.to(self.dtype), timestep=timesteps, class_labels=condition["class_labels"])
         return output[:, : x_t.shape[1]]  # without a learned variance
 
+    def sample_latents(self, *arguments):
+        # The call gives none: what it hands to its autoencoder, which has nothing to do then.
+        decoded = []
+
+        def decode(latents):
+            decoded.append(latents.float() * self.pipeline.vae.config.scaling_factor)
+            return DecoderOutput(latents)
+
+        with patch.object(self.pipeline.vae, "decode", decode):
+            self.sample(*arguments)
+        return decoded[0]
+
     def call_arguments(self, prompts, guidance_scale, negative_prompt=""):
         return {"class_labels": self.prompt_ids(prompts).tolist(), "guidance_scale": guidance_scale}
 
@@ -82,6 +97,9 @@ class UnconditionalFamily(PipelineFamily):
     def __init__(self, pipeline, height=None, width=None):
         # DDIM's call hands options of its own to the scheduler, and not every scheduler has them.
         super().__init__(DDPMPipeline(unet=pipeline.unet, scheduler=pipeline.scheduler), height, width)
+
+    def has_guidance(self):
+        return False
 
     def own_size(self):
         size = self.denoiser.config.sample_size

@@ -37,6 +37,9 @@ class FluxFamily(PipelineFamily):
                 "was trained with this one.\n"
             )
 
+    def has_guidance(self):
+        return self.denoiser.config.guidance_embeds
+
     def size_multiple(self):
         return self.pipeline.vae_scale_factor * 2
 

@@ -29,6 +29,9 @@ class Flux2KleinFamily(PipelineFamily):
         "to_qkv_mlp_proj",
     ]
 
+    def has_guidance(self):
+        return not self.pipeline.config.is_distilled
+
     def size_multiple(self):
         return self.pipeline.vae_scale_factor * 2
 
@@ -71,15 +74,26 @@ class Flux2KleinFamily(PipelineFamily):
         )
 
     def guide(self, denoise, x_t, timesteps, condition, negative, guidance_scale):
-        guidance_scale = 1.0 if self.pipeline.config.is_distilled else guidance_scale
+        guidance_scale = guidance_scale if self.has_guidance() else 1.0
         return super().guide(denoise, x_t, timesteps, condition, negative, guidance_scale)
+
+    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation (1, C, 1, 1) that latents are normalised by."""
+        bn, eps = self.pipeline.vae.bn, self.pipeline.vae.config.batch_norm_eps
+        return bn.running_mean.view(1, -1, 1, 1), (bn.running_var + eps).sqrt().view(1, -1, 1, 1)
+
+    def sample_latents(self, *arguments):
+        # The pipeline's are for its autoencoder.
+        mean, std = (value.float() for value in self.statistics())
+        latents = self.pipeline._patchify_latents(super().sample_latents(*arguments))
+        return self.pipeline._pack_latents((latents - mean) / std)
 
     def decode(self, latents):
         pipeline, vae = self.pipeline, self.pipeline.vae
         ids = self.image_ids(len(latents), latents.device)
         latents = pipeline._unpack_latents_with_ids(latents.to(vae.dtype), ids, *self.tokens())
-        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
-        latents = latents * std.view(1, -1, 1, 1) + vae.bn.running_mean.view(1, -1, 1, 1)
+        mean, std = self.statistics()
+        latents = latents * std + mean
         images = vae.decode(pipeline._unpatchify_latents(latents), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 

@@ -1,0 +1,190 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""
+Absorbed guidance: before the first update the guided teacher draws images, and the target learns them. Both stay on
+disk, under the name of all that they depend on.
+"""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from huggingface_hub.constants import HF_HOME
+from safetensors.torch import load_file
+from tqdm import tqdm
+from transformers.utils import logging
+
+from .method import target
+from .models.roles import TARGET, TEACHER
+from .prompts import fingerprint, write_tensors
+
+
+logger = logging.get_logger(__name__)
+
+# Of the images' noise and the order of their prompts. Not the run's: runs of other seeds share the images.
+SEED = 0
+
+
+def image_prompts(prompts: list[str], number: int) -> list[str]:
+    """The prompts of `number` images: each prompt once in a shuffled order, and again from the first."""
+    distinct = sorted(set(prompts))
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(SEED)).tolist()
+    return [distinct[order[i % len(order)]] for i in range(number)]
+
+
+class GuidedImages:
+    """
+    The guided teacher's images of the training prompts, drawn once and kept on disk.
+
+    Image `i` depends on the teacher, its prompt and `i` alone: not on the run's seed, on how many images are drawn, at
+    once or in all, or on the number of processes.
+
+    Args:
+        trainer (`RdmDistillTrainer`): whose teacher and prompts they are of.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        args, family = trainer.args, trainer.family
+        prompts = trainer.train_dataset["prompt"]
+        self.prompts = image_prompts(prompts, args.num_teacher_images)
+        weights = [*trainer.model.frozen_parameters(), *(p for m in family.encoders() for p in m.parameters())]
+        self.what = {
+            "pipeline": type(family.pipeline).__name__,
+            "weights": fingerprint(weights),
+            "teacher_lora": trainer.model.adapter_config(TEACHER),
+            "scheduler": json.loads(family.pipeline.scheduler.to_json_string()),
+            "precision": [str(family.dtype), trainer.accelerator.mixed_precision],
+            "num_steps": args.teacher_num_steps,
+            "guidance_scale": args.teacher_guidance_scale,
+            "negative_prompts": args.negative_prompts,
+            "size": [family.height, family.width],
+            "prompt_limit": family.prompt_limit,
+            "prompts": sorted(set(prompts)),
+        }
+        self.key = broadcast_object_list([digest(self.what)])[0]
+        root = Path(args.teacher_cache_dir) if args.teacher_cache_dir is not None else Path(HF_HOME) / "rdm_trl"
+        self.folder = root / self.key
+
+    def __call__(self) -> tuple[torch.Tensor, int]:
+        """Latents (N, ...) of all images, in the computer's memory, and how many were drawn now."""
+        trainer, args = self.trainer, self.trainer.args
+        files = [self.folder / f"{i:06d}.safetensors" for i in range(len(self.prompts))]
+        images, main = {}, trainer.accelerator.is_main_process
+        if main:  # one process reads and writes: another machine may not see this folder
+            make_folder(self.folder)
+            (self.folder / "description.json").write_text(json.dumps(self.what, indent=2) + "\n")
+            images = {i: load_file(file)["latents"] for i, file in enumerate(files) if file.exists()}
+        kept = broadcast_object_list([list(images)])[0]
+        for start in range(0, len(kept), args.per_device_eval_batch_size):
+            chunk = kept[start : start + args.per_device_eval_batch_size]
+            images.update(broadcast_object_list([{i: images.get(i) for i in chunk}])[0])
+        missing = [i for i in range(len(files)) if i not in images]
+        rank, size = args.process_index, args.per_device_eval_batch_size
+        hidden = args.disable_tqdm or not main or not missing
+        bar = tqdm(desc="drawing the teacher's images", total=len(files), initial=len(kept), disable=hidden)
+        for start in range(0, len(missing), size * args.world_size):
+            turn = missing[start : start + size * args.world_size]
+            own = turn[rank * size : (rank + 1) * size]
+            drawn = gather_object(list(zip(own, self.draw(own), strict=True)))
+            for i, latents in drawn:
+                images[i] = latents
+                if main:
+                    write_tensors(files[i], {"latents": latents})
+            bar.update(len(drawn))
+        bar.close()
+        return torch.stack([images[i] for i in range(len(files))]), len(missing)
+
+    def draw(self, rows: list[int]) -> list[torch.Tensor]:
+        """Latents of some images, by the pipeline itself."""
+        trainer, args = self.trainer, self.trainer.args
+        if not rows:
+            return []
+        prompts, generators = [self.prompts[i] for i in rows], [torch.Generator().manual_seed(SEED + i) for i in rows]
+        settings = args.teacher_num_steps, args.teacher_guidance_scale, args.negative_prompts
+        with trainer.model.use(TEACHER), trainer.accelerator.autocast():
+            scheduler = trainer.family.pipeline.scheduler
+            latents = trainer.family.sample_latents(scheduler, prompts, *settings, generators)
+        trainer._check_finite("teacher's image", latents.flatten(1).sum(1), prompts)
+        return list(latents.cpu().contiguous())
+
+
+def key_of_target(trainer, images: GuidedImages) -> str:
+    """The name of all that the target depends on; no two runs of one name train another target."""
+    args = trainer.args
+    names = ("num_teacher_images", "target_updates", "fake_learning_rate", "weight_decay", "max_grad_norm", "optim")
+    what = {name: getattr(args, name) for name in names}
+    what["adapter"] = trainer.model.adapter_config(TARGET)
+    what["draws"] = [target.BATCH, target.DECAY, target.EVERY, target.PATIENCE, target.JUDGED, target.SEED]
+    return f"{images.key}-{digest(what)}"
+
+
+def absorb_guidance(trainer, images: GuidedImages, key: str):
+    """
+    Makes the role "target" what learned `images`, by training or from the disk, and notes its cost.
+
+    Raises:
+        FloatingPointError: an image, a loss or a gradient is not finite.
+        OSError: the cache cannot be written.
+    """
+    args, model, main = trainer.args, trainer.model, trainer.accelerator.is_main_process
+    file = images.folder / f"target-{key.split('-')[1]}.safetensors"
+    start, cost = time.perf_counter(), {"teacher_images": 0, "target_updates": 0}
+    if broadcast_object_list([main and file.exists()])[0]:
+        if main:
+            model.load_adapter(TARGET, load_file(file))
+        for parameter in model.adapter_parameters(TARGET):
+            parameter.data = broadcast(parameter.data)
+    else:
+        trainer.encode_negative([args.negative_prompts])  # refused here, where the pipeline has none
+        latents, cost["teacher_images"] = images()
+        cost["target_updates"] = train(trainer, latents, images.prompts)
+        if main:
+            write_tensors(file, model.adapter_state(TARGET))
+    trainer.cost |= {**cost, "target_seconds": time.perf_counter() - start}
+
+
+def train(trainer, latents: torch.Tensor, prompts: list[str]) -> int:
+    """Trains the target on `latents` (N, ...) of `prompts`; returns the number of updates."""
+    args, device = trainer.args, trainer.accelerator.device
+    if args.activation_checkpointing:
+        trainer.model.activation_checkpointing_enable()  # `Trainer` does so later
+
+    def loss_at(draws: target.Draws) -> torch.Tensor:
+        timesteps = trainer.process.timesteps_at(draws.fractions).to(device)
+        x0, noise = latents[draws.rows].to(device), draws.noise.to(device)
+        return trainer.denoising_loss(TARGET, x0, noise, timesteps, trainer.encode([prompts[i] for i in draws.rows]))
+
+    score = trainer.make_score(TARGET, "target", "constant", 0, args.target_updates)
+    hidden = args.disable_tqdm or not trainer.is_world_process_zero()
+    with tqdm(desc="training the target", total=args.target_updates, disable=hidden) as bar:
+
+        def progress(held_out_loss: float):
+            bar.update()
+            bar.set_postfix(held_out_loss=f"{held_out_loss:.4f}")
+
+        shape, size = latents.shape[1:], args.per_device_train_batch_size
+        updates, losses = target.train_target(score, loss_at, len(latents), shape, args.target_updates, size, progress)
+    if min(losses) == losses[0]:
+        logger.warning(
+            f"The target denoises held-out images of the guided teacher no better than the plain base: it has learned "
+            f"{len(latents)} images by heart, and its guidance is lost. Set a larger `num_teacher_images`."
+        )
+    return updates
+
+
+def digest(what: Any) -> str:
+    """A short name of `what`: sets, numbers, text, and what is one text for one meaning."""
+    text = json.dumps(what, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make_folder(folder: Path):
+    """Raises `OSError` where it cannot be made, and names the option."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"The teacher's images cannot be kept in {folder}: {error}. Set `teacher_cache_dir`.") from error
