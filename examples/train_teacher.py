@@ -370,7 +370,8 @@ def train_dit(images, labels, epochs, folder, dit_dir):
 
     train("dit", parameters, loss_fn, len(latents), epochs, 1e-3, after_step=lambda: ema.step(parameters))
     ema.copy_to(parameters)
-    pipeline = DiTPipeline(transformer, vae, scheduler, id2label=dict(enumerate(CLASSES)))
+    pipeline = DiTPipeline(transformer, vae, scheduler)
+    pipeline.register_to_config(id2label=dict(enumerate(CLASSES)))  # by itself it would not save them
     pipeline.to(torch.float16)
     pipeline.save_pretrained(dit_dir)
 

@@ -5,7 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, load_script
+from diffusers import DiTPipeline
+from diffusers.pipelines import ImagePipelineOutput
+from tiny_pipelines import make_dit
+
+import rdm_trl.demo
+from rdm_trl.demo import CLASSES
 
 
 pytest.importorskip("matplotlib").use("Agg")
@@ -66,3 +73,35 @@ def test_runs_side_by_side_end_where_one_alone_does(tmp_path):
     for point in (found[0]["curve"][0], found[1]["curve"][0]):
         point.pop("seconds")
     assert found[0]["curve"] == found[1]["curve"] and found[0]["teacher"] == found[1]["teacher"]
+
+
+class ReadsBrightness(torch.nn.Module):
+    """A judge of images whose brightness in tenths is their class; its features are of no matter."""
+
+    def forward(self, images):
+        brightness = images.mean(dim=(1, 2, 3))
+        return torch.randn(len(images), 64), -(brightness[:, None] * 10 - torch.arange(10)).abs()
+
+
+def test_class_conditional_teachers_get_classes_and_are_judged_by_them(tmp_path, monkeypatch):
+    """A teacher that numbers the classes the other way round, and draws each of them perfectly, is always right."""
+    script = load_script("examples/compare_methods.py")
+    pipeline = make_dit()
+    pipeline.register_to_config(id2label={9 - i: name for i, name in enumerate(CLASSES)})
+    pipeline.save_pretrained(tmp_path / "dit")
+    drawn = []
+
+    def draw(self, class_labels, **kwargs):
+        drawn.extend(class_labels)
+        brightness = (9 - torch.tensor(class_labels)) / 10
+        return ImagePipelineOutput(brightness[:, None, None, None].expand(-1, 3, 8, 8))
+
+    monkeypatch.setattr(DiTPipeline, "__call__", draw)
+    monkeypatch.setattr(rdm_trl.demo, "DemoClassifier", ReadsBrightness)
+    command = f"compare --methods gndm --seeds 0 --num_images 20 --eval_steps 1 --teachers {tmp_path / 'dit'}".split()
+    monkeypatch.setattr("sys.argv", [*command, "--output_dir", str(tmp_path), "--set", *SMALL.split(), "max_steps=1"])
+    script.main()
+    results = json.loads((tmp_path / "dit" / "results.json").read_text())["gndm-0"]
+    figures = (results["teacher"], results["base"], results["curve"][-1])
+    assert [figure["class_accuracy"] for figure in figures] == [1.0, 1.0, 1.0]
+    assert drawn[:20] == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0] * 2

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from conftest import load_script
+from diffusers import DiTPipeline
 
 from rdm_trl import demo, evaluation
 
@@ -72,3 +74,16 @@ def test_diversity_and_accuracy():
     assert np.isnan(evaluation.diversity(features[:1], ["a"]))
     logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     assert evaluation.class_accuracy(logits, torch.tensor([0, 1, 1])) == pytest.approx(2 / 3)
+
+
+def test_the_dit_teacher_is_drawn_with_guidance_by_plain_diffusers(tmp_path):
+    """The null class is the one that DiT's pipeline guides by, and the classes' names come back with the weights."""
+    script = load_script("examples/train_teacher.py")
+    labels = torch.arange(10).repeat(13)
+    script.train_dit(torch.rand(130, 3, 32, 32) * 2 - 1, labels, 1, FOLDER, tmp_path)
+    pipeline = DiTPipeline.from_pretrained(tmp_path)
+    assert pipeline.labels == {name: i for i, name in enumerate(demo.CLASSES)}
+    images = pipeline(
+        pipeline.get_label_ids(["a bag", "a dress"]), guidance_scale=2.0, num_inference_steps=2, output_type="pt"
+    ).images
+    assert images.shape == (2, 3, 32, 32) and images.isfinite().all()
