@@ -46,7 +46,7 @@ def test_what_does_not_fit_costs_no_other_case(script, tmp_path, monkeypatch):
 
 
 def test_the_clock_ends_it(script, tmp_path, monkeypatch):
-    clock = iter([0.0, 1.0, 600.0])
+    clock = iter([0.0, 1.0, 481.0])
     monkeypatch.setattr(script.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(script, "measure", lambda case, *args: pytest.fail("not in time") if case.images != 4 else {})
     monkeypatch.setattr(script, "report", lambda *args: "")
