@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 OCR = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3.9"]
 EXTRAS = {
-    "test": ["pytest>=8", "scipy>=1.11", "hypothesis>=6.100", *OCR],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "scipy>=1.11", "hypothesis>=6.100", *OCR],
     "ocr": OCR,
     "eval": ["matplotlib>=3.8"],
     "quantization": ["bitsandbytes>=0.48"],

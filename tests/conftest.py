@@ -1,6 +1,10 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 import importlib.util
+import os
 from pathlib import Path
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is there: a process of one thread for each core
 
 import pytest
 import torch
