@@ -112,7 +112,7 @@ class RdmDistillConfig(TrainingArguments):
             guidance.
         target_updates (`int`, *optional*, defaults to `300`):
             The most updates of the target, at `fake_learning_rate`. It ends earlier where the average of its weights
-            denoises held-out images no better, and is left as that was at its best.
+            denoises held-out images hardly better any more, and is left as that was at its best.
         teacher_cache_dir (`str`, *optional*):
             Folder that keeps the teacher's images and the target, so that later runs of the same teacher and prompts
             need not make them again; by default `rdm_trl` in Hugging Face's cache (`HF_HOME`).

@@ -52,7 +52,7 @@ class GuidedImages:
         prompts = trainer.train_dataset["prompt"]
         self.prompts = image_prompts(prompts, args.num_teacher_images)
         weights = [*trainer.model.frozen_parameters(), *(p for m in family.encoders() for p in m.parameters())]
-        self.what = {
+        what = {
             "pipeline": type(family.pipeline).__name__,
             "weights": fingerprint(weights),
             "teacher_lora": trainer.model.adapter_config(TEACHER),
@@ -65,7 +65,8 @@ class GuidedImages:
             "prompt_limit": family.prompt_limit,
             "prompts": sorted(set(prompts)),
         }
-        self.key = broadcast_object_list([digest(self.what)])[0]
+        self.description = description(what)
+        self.key = broadcast_object_list([digest(self.description)])[0]
         root = Path(args.teacher_cache_dir) if args.teacher_cache_dir is not None else Path(HF_HOME) / "rdm_trl"
         self.folder = root / self.key
 
@@ -76,7 +77,7 @@ class GuidedImages:
         images, main = {}, trainer.accelerator.is_main_process
         if main:  # one process reads and writes: another machine may not see this folder
             make_folder(self.folder)
-            (self.folder / "description.json").write_text(json.dumps(self.what, indent=2) + "\n")
+            (self.folder / "description.json").write_text(self.description)
             images = {i: load_file(file)["latents"] for i, file in enumerate(files) if file.exists()}
         kept = broadcast_object_list([list(images)])[0]
         for start in range(0, len(kept), args.per_device_eval_batch_size):
@@ -118,8 +119,16 @@ def key_of_target(trainer, images: GuidedImages) -> str:
     names = ("num_teacher_images", "target_updates", "fake_learning_rate", "weight_decay", "max_grad_norm", "optim")
     what = {name: getattr(args, name) for name in names}
     what["adapter"] = trainer.model.adapter_config(TARGET)
-    what["draws"] = [target.BATCH, target.DECAY, target.EVERY, target.PATIENCE, target.JUDGED, target.SEED]
-    return f"{images.key}-{digest(what)}"
+    what["draws"] = [
+        target.BATCH,
+        target.DECAY,
+        target.EVERY,
+        target.PATIENCE,
+        target.SHARE,
+        target.JUDGED,
+        target.SEED,
+    ]
+    return f"{images.key}-{digest(description(what))}"
 
 
 def absorb_guidance(trainer, images: GuidedImages, key: str):
@@ -176,9 +185,13 @@ def train(trainer, latents: torch.Tensor, prompts: list[str]) -> int:
     return updates
 
 
-def digest(what: Any) -> str:
-    """A short name of `what`: sets, numbers, text, and what is one text for one meaning."""
-    text = json.dumps(what, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+def description(what: dict[str, Any]) -> str:
+    """`what` as JSON, one text for one meaning."""
+    ordered = dict(sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    return json.dumps(what, indent=2, **ordered) + "\n"
+
+
+def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer
@@ -138,6 +138,26 @@ def make_trainer(
         teacher_lora=teacher_lora,
         student_lora=student_lora,
     )
+
+
+def save_style(folder, text_encoder=False, **options):
+    """A LoRA that changes pictures, as diffusers' own scripts save one."""
+    pipeline = make_tiny_pipeline()
+    config = LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": ["to_q", "to_v", "conv1"], **options})
+    pipeline.unet.add_adapter(config, "style")
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in pipeline.unet.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    layers = {"unet_lora_layers": get_peft_model_state_dict(pipeline.unet, adapter_name="style")}
+    layers["unet_lora_adapter_metadata"] = pipeline.unet.peft_config["style"].to_dict()
+    if text_encoder:
+        config = LoraConfig(r=2, target_modules=["q_proj"])
+        inject_adapter_in_model(config, pipeline.text_encoder, "style")
+        layers["text_encoder_lora_adapter_metadata"] = config.to_dict()
+        layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipeline.text_encoder, adapter_name="style")
+    pipeline.save_lora_weights(folder, **layers)
+    return folder
 
 
 def logs_of(trainer) -> dict:

@@ -22,9 +22,11 @@ from .fake_score import FakeScore
 BATCH = 64
 # Decay, per update, of the average of the weights, which is what is judged and kept.
 DECAY = 0.98
-# Updates between two looks at the held-out images, and looks without a better one before the end.
+# Updates between two looks at the held-out images. The end is where the last looks gained no more than a share of all
+# that was gained: the rest of the way costs as much as the way.
 EVERY = 20
-PATIENCE = 5
+PATIENCE = 3
+SHARE = 0.05
 # Draws of a look, at least: each held-out image at as many levels as that takes.
 JUDGED = 512
 SEED = 0
@@ -70,6 +72,13 @@ def draw(rows: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator)
     return Draws(rows, fractions, torch.randn(number, *shape, generator=generator))
 
 
+def is_settled(losses: list[float]) -> bool:
+    """Whether the last of these held-out losses, the first of which is the beginning's, gained next to nothing."""
+    if len(losses) <= PATIENCE:
+        return False
+    return min(losses[:-PATIENCE]) - min(losses) <= SHARE * (losses[0] - min(losses))
+
+
 def train_target(
     score: FakeScore,
     loss_at: Callable[[Draws], torch.Tensor],
@@ -80,9 +89,9 @@ def train_target(
     progress: Callable[[float], None] = lambda loss: None,
 ) -> tuple[int, list[float]]:
     """
-    Trains the target by denoising until the average of its weights denoises held-out images no better, and leaves it
-    as that average was at its best. What is drawn depends on none of torch's global generators and, where 64 can be
-    divided by it, not on the number of processes.
+    Trains the target by denoising until the average of its weights denoises held-out images hardly better any more,
+    and leaves it as that average was at its best. What is drawn depends on none of the global generators and, where
+    64 can be divided by it, not on the number of processes.
 
     Args:
         score (`FakeScore`): with the target's parameters, which are trainable only here.
@@ -126,7 +135,7 @@ def train_target(
                 history.append(look())
                 if history[-1] == min(history):
                     torch._foreach_copy_(best, average)
-                elif min(history[-PATIENCE:]) > min(history):
+                if is_settled(history):
                     break
             progress(history[-1])
         left = best

@@ -38,6 +38,22 @@ def test_two_processes_are_one_with_accumulation(tmp_path):
         assert max((alone[key] - start[key]).abs().max() for key in start if key.startswith(role)) > 1e-4
 
 
+def test_two_processes_absorb_what_one_does(tmp_path):
+    launch("guided", tmp_path)
+    launch("guided", tmp_path, processes=1)
+
+    def read(name, rank, world):
+        return load_file(tmp_path / f"{name}-{rank}-of-{world}.safetensors")
+
+    for rank in range(2):
+        assert torch.equal(read("images", rank, 2)["latents"], read("images", 0, 1)["latents"])
+        for key, value in read("first", 0, 2).items():
+            assert torch.equal(read("first", rank, 2)[key], value) and torch.equal(read("later", rank, 2)[key], value)
+            torch.testing.assert_close(read("first", 0, 1)[key], value, atol=1e-5, rtol=1e-5)
+    begun, alone = read("begun", 0, 1), read("first", 0, 1)
+    assert max((alone[key] - value).abs().max() for key, value in begun.items()) > 1e-4
+
+
 def test_two_processes_resume_between_two_uses_of_a_rollout(tmp_path):
     launch("resume", tmp_path)
     for rank in range(2):

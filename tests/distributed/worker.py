@@ -16,6 +16,8 @@ from transformers import TrainerCallback, TrainerState
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import make_trainer, redness  # noqa: E402
 
+from rdm_trl.guidance import GuidedImages  # noqa: E402
+
 
 def brightness(images, prompts, metadata):
     return images.mean((1, 2, 3))
@@ -57,13 +59,9 @@ def draw_by_batch(trainer):
     assert accumulation * args.world_size == 2
 
 
-def save(trainer, folder: Path, name: str):
+def save(trainer, folder: Path, name: str, roles: tuple[str, ...] = ("student", "fake", "ema")):
     rank = trainer.accelerator.process_index
-    adapters = {
-        f"{role}.{key}": value
-        for role in ("student", "fake", "ema")
-        for key, value in trainer.model.adapter_state(role).items()
-    }
+    adapters = {f"{role}.{key}": value for role in roles for key, value in trainer.model.adapter_state(role).items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapters, folder / f"{name}-{rank}-of-{trainer.accelerator.num_processes}.safetensors")
 
@@ -126,6 +124,24 @@ def stop(folder: Path):
     (folder / f"stopped-{rank}").touch()
 
 
+def guided(folder: Path):
+    """The guided teacher's images and what learns them; and a later run, which finds both on one disk alone."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    options = dict(num_teacher_images=11, target_updates=3, teacher_guidance_scale=3.0, sample_guidance_scale=1.0)
+    options |= dict(optim="sgd", fake_learning_rate=0.1, per_device_eval_batch_size=2, per_device_train_batch_size=8)
+    for time_ in ("first", "later"):
+        trainer = make_trainer(folder, teacher_cache_dir=str(folder / f"{world}" / f"disk-{rank}"), **options)
+        if time_ == "first":
+            save(trainer, folder, "begun", ("target",))
+        trainer.absorb_guidance()
+        save(trainer, folder, time_, ("target",))
+        assert trainer.cost["teacher_images"] == (11 if time_ == "first" else 0)
+    assert (folder / f"{world}" / f"disk-{rank}").exists() == (rank == 0)
+    images, drawn = GuidedImages(trainer)()
+    assert drawn == 0
+    save_file({"latents": images}, folder / f"images-{rank}-of-{world}.safetensors")
+
+
 def fail(folder: Path):
     def broken(images, prompts, metadata):
         if torch.distributed.get_rank() == 1:
@@ -150,9 +166,8 @@ def kill(folder: Path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"same_samples": same_samples, "resume": resume, "stop": stop, "fail": fail, "kill": kill}[sys.argv[1]](
-        Path(sys.argv[2])
-    )
+    tasks = (same_samples, resume, stop, guided, fail, kill)
+    {task.__name__: task for task in tasks}[sys.argv[1]](Path(sys.argv[2]))
     PartialState().destroy_process_group()
     # Gloo's threads abort the interpreter's end now and then, when all is done: "terminate called without an active".
     sys.stdout.flush()

@@ -34,7 +34,7 @@ def start(how: str, folder: Path) -> subprocess.Popen:
 
 
 def weights_of(trainer) -> dict[str, torch.Tensor]:
-    return {f"{name}.{k}": v for name in checkpoint.ADAPTERS for k, v in trainer.model.adapter_state(name).items()}
+    return {f"{name}.{k}": v for name in trainer.model.adapters for k, v in trainer.model.adapter_state(name).items()}
 
 
 def check_equal(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):

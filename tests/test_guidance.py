@@ -1,0 +1,321 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""Absorbed guidance: the guided teacher's images against plain diffusers, what learns them, and what is kept."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import PROMPTS, make_config, make_tiny_pipeline, make_trainer, redness, save_style
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny_pipelines import CASES, make, make_family_trainer
+
+from rdm_trl import guidance
+from rdm_trl.method import target
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Few draws an update and a look."""
+    monkeypatch.setattr(target, "BATCH", 8)
+    monkeypatch.setattr(target, "JUDGED", 8)
+
+
+def options_of(tmp_path, **options):
+    defaults = dict(
+        num_teacher_images=6,
+        target_updates=3,
+        teacher_guidance_scale=3.0,
+        sample_guidance_scale=1.0,
+        teacher_cache_dir=str(tmp_path / "cache"),
+        per_device_eval_batch_size=2,
+    )
+    return {**defaults, **options}
+
+
+def absorbing(tmp_path, *args, pipeline=None, prompts=PROMPTS, peft_config=None, teacher_lora=None, **options):
+    rest = dict(pipeline=pipeline, prompts=prompts, peft_config=peft_config, teacher_lora=teacher_lora)
+    return make_trainer(tmp_path, *args, **rest, **options_of(tmp_path, **options))
+
+
+def check_equal(first, second, names):
+    for name in names:
+        expected = second.model.adapter_state(name)
+        for key, value in first.model.adapter_state(name).items():
+            assert torch.equal(value, expected[key]), (name, key)
+
+
+def files_of(tmp_path):
+    return {file.name: file.read_bytes() for file in (tmp_path / "cache").rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_family_absorbs_its_guidance(name, tmp_path, monkeypatch):
+    """The images are the pipeline's own, in the denoiser's form; what has no guidance skips the stage."""
+    monkeypatch.setattr(
+        target, "split_images", lambda number: (torch.arange(number),) * 2
+    )  # two are soon known by heart
+    case = CASES[name]
+    options = options_of(tmp_path, num_teacher_images=2, max_steps=1, negative_prompts=case.negative[-1], **case.size)
+    trainer = make_family_trainer(case, tmp_path, make(case), rewards=(), **options)
+    trainer.train()
+    family = trainer.family
+    if not trainer.absorbs_guidance:
+        assert name in ("flux_schnell", "flux2_klein_distilled", "ddpm", "ddim") and not (tmp_path / "cache").exists()
+        assert trainer.model.adapters == ("student", "fake", "ema")
+        return
+    images = guidance.GuidedImages(trainer)
+    latents, drawn = images()
+    assert latents.shape == (2, *family.latent_shape) and latents.dtype == torch.float32 and drawn == 0
+    assert trainer.cost["teacher_images"] == 2 and trainer.cost["target_updates"] == 3
+
+    # Another pipeline, whose own call decodes.
+    plain = make(case)
+    size = dict(zip(("height", "width"), case.size.values(), strict=True)) if case.size else {}
+    arguments = case.guided(images.prompts, 3.0, case.negative[-1]) | size
+    if name == "dit":
+        arguments["class_labels"] = [int(prompt) for prompt in images.prompts]
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    expected = plain(**arguments, num_inference_steps=3, generator=generators, output_type="pt").images
+    torch.testing.assert_close(family.decode(latents), expected.float(), atol=1e-4, rtol=1e-4)
+
+    # And they are R_dm's: the target, which is neither the base nor guided again.
+    condition, x_t = trainer.encode(list(case.prompts)), torch.randn(2, *family.latent_shape)
+    timesteps = trainer.student_timesteps[1].expand(2)
+    found = trainer.predict_teacher(x_t, timesteps, condition)
+    with torch.no_grad():
+        predictions = {
+            role: trainer.predict_x0(trainer.model, role, x_t, timesteps, condition) for role in ("target", "teacher")
+        }
+    assert torch.equal(found, predictions["target"])
+    assert not torch.equal(found, predictions["teacher"])
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_all_else_is_as_without(tmp_path, full):
+    """Teacher, student and the run's noise are bit for bit those of a run that absorbs nothing."""
+    pipeline, lora = make_tiny_pipeline(), False if full else LoraConfig(r=2)
+    absorbed = absorbing(tmp_path, peft_config=lora)
+    state, before = torch.get_rng_state(), {n: absorbed.model.adapter_state(n) for n in absorbed.model.adapters}
+    options = dict(sample_guidance_scale=1.0, teacher_guidance_scale=3.0, per_device_eval_batch_size=2)
+    plain = make_trainer(tmp_path / "plain", peft_config=lora, **options)
+    assert torch.equal(state, torch.get_rng_state())
+    absorbed.absorb_guidance()
+    assert torch.equal(state, torch.get_rng_state())
+    check_equal(absorbed, plain, ("student", "fake", "ema"))
+    assert any((v != before["target"][k]).any() for k, v in absorbed.model.adapter_state("target").items())
+    assert not any(p.requires_grad for p in absorbed.model.adapter_parameters("target"))
+    inputs = torch.randn(2, 4, 4, 4), torch.tensor([100, 700]), torch.randn(2, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(absorbed.model("teacher", *inputs), pipeline.unet(*inputs).sample)
+    assert torch.equal(absorbed.sample("teacher", PROMPTS), plain.sample("teacher", PROMPTS))
+    absorbed.train()
+    assert all(p.grad is None for p in absorbed.model.adapter_parameters("target"))
+    names = [n for n, p in absorbed.model.named_parameters() if "target" in n]
+    assert names and set(names) <= set(absorbed.model._ddp_params_and_buffers_to_ignore)
+
+
+def test_what_is_saved_is_the_student(tmp_path):
+    trainer = absorbing(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    state = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    student = trainer.model.adapter_state("ema")
+    assert {key.removeprefix("unet.") for key in state} == set(student)
+    pipeline = make_tiny_pipeline()
+    pipeline.load_lora_weights(tmp_path / "run")
+    pipeline.scheduler = trainer.student_scheduler
+    trainer.evaluate()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["cost"]["teacher_images"] == 6 and metrics["cost"]["target_seconds"] > 0
+    assert metrics["settings"]["num_teacher_images"] == 6
+
+
+# -------------------------------------------------------------------------------------------------------- what is kept
+
+
+def test_a_second_run_draws_and_trains_nothing(tmp_path, monkeypatch):
+    first = absorbing(tmp_path, seed=1)
+    first.absorb_guidance()
+    kept = files_of(tmp_path)
+    assert len(kept) == 7
+
+    def fail(*args):
+        raise AssertionError("this was on disk")
+
+    monkeypatch.setattr(guidance.GuidedImages, "draw", fail)
+    monkeypatch.setattr(guidance, "train", fail)
+    second = absorbing(
+        tmp_path, [redness], seed=2, learning_rate=5e-3, max_steps=3, prompts=[*PROMPTS[::-1], "a coat"]
+    )
+    second.train()
+    check_equal(first, second, ("target",))
+    assert (second.cost["teacher_images"], second.cost["target_updates"]) == (0, 0)
+    assert files_of(tmp_path) == kept
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(teacher_guidance_scale=2.0),
+        dict(teacher_num_steps=4),
+        dict(negative_prompts="a dress"),
+        dict(prompts=["a dress"]),
+        dict(sample_height=16, sample_width=16),
+        dict(pipeline="other weights"),
+        dict(pipeline="other scheduler"),
+    ],
+)
+def test_another_teacher_draws_anew(tmp_path, change):
+    first = absorbing(tmp_path)
+    first.absorb_guidance()
+    if "pipeline" in change:
+        pipeline = make_tiny_pipeline()
+        if change["pipeline"] == "other weights":
+            pipeline.text_encoder.final_layer_norm.weight.data[0] += 1e-3
+        else:
+            pipeline.scheduler.register_to_config(timestep_spacing="leading")
+        change = dict(pipeline=pipeline)
+    second = absorbing(tmp_path, **change)
+    second.absorb_guidance()
+    assert second.cost["teacher_images"] == 6 and len(files_of(tmp_path)) >= 7
+
+
+def test_more_images_keep_those_there_are(tmp_path):
+    first, second = absorbing(tmp_path), absorbing(tmp_path, num_teacher_images=9)
+    first.absorb_guidance()
+    second.absorb_guidance()
+    assert second.cost["teacher_images"] == 3
+    prompts = guidance.GuidedImages(second).prompts
+    assert prompts[:6] == guidance.GuidedImages(first).prompts
+    assert {prompt: prompts.count(prompt) for prompt in PROMPTS} == dict.fromkeys(PROMPTS, 3)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(target_updates=2), dict(fake_learning_rate=1e-2), dict(peft_config=LoraConfig(r=3))]
+)
+def test_another_target_uses_the_same_images(tmp_path, change):
+    absorbing(tmp_path).absorb_guidance()
+    other = absorbing(tmp_path, **change)
+    other.absorb_guidance()
+    assert other.cost["teacher_images"] == 0 and other.cost["target_updates"] == change.get("target_updates", 3)
+
+
+def test_a_teachers_lora_draws_too(tmp_path):
+    style = save_style(tmp_path / "style")
+    trainer = absorbing(tmp_path, teacher_lora=style)
+    begun = trainer.model(
+        "target", *(inputs := (torch.randn(2, 4, 4, 4), torch.tensor([9, 700]), torch.randn(2, 7, 16)))
+    )
+    torch.testing.assert_close(begun, trainer.model("teacher", *inputs), atol=1e-5, rtol=1e-5)
+    trainer.absorb_guidance()
+    plain = make_tiny_pipeline()
+    plain.load_lora_weights(style)
+    images = guidance.GuidedImages(trainer)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    arguments = dict(num_inference_steps=3, guidance_scale=3.0, negative_prompt=["", ""], generator=generators)
+    expected = plain(images.prompts[:2], **arguments, output_type="latent").images
+    torch.testing.assert_close(images()[0][:2], expected, atol=1e-5, rtol=1e-5)
+    assert images.key != guidance.GuidedImages(absorbing(tmp_path)).key
+
+
+# ------------------------------------------------------------------------------------------------------ interruptions
+
+
+def test_drawing_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    whole = absorbing(tmp_path / "whole")
+    whole.absorb_guidance()
+    draw, calls = guidance.GuidedImages.draw, []
+
+    def interrupted(images, rows):
+        calls.append(rows)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(images, rows)
+
+    monkeypatch.setattr(guidance.GuidedImages, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        absorbing(tmp_path).train()
+    assert len(files_of(tmp_path)) == 2
+    trainer = absorbing(tmp_path)
+    trainer.absorb_guidance()
+    assert calls == [[0, 1], [2, 3], [2, 3], [4, 5]] and trainer.cost["teacher_images"] == 4
+    check_equal(trainer, whole, ("target",))
+    assert files_of(tmp_path) == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_resumed_run_has_its_target(tmp_path, full, monkeypatch):
+    """2 + 2 updates are 4, to the last bit; without the cache too, since a checkpoint carries the target."""
+    options = dict(save_strategy="steps", save_steps=2, peft_config=False if full else LoraConfig(r=2))
+    whole = absorbing(tmp_path / "whole", [redness], max_steps=4, **options)
+    whole.train()
+    absorbing(tmp_path, [redness], max_steps=2, **options).train()
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(guidance.GuidedImages, "draw", None)
+    resumed = absorbing(tmp_path, [redness], max_steps=4, **options)
+    resumed.train(resume_from_checkpoint=True)
+    check_equal(resumed, whole, whole.model.adapters)
+    assert resumed.cost["teacher_images"] == 6 and resumed.cost["rollouts"] == whole.cost["rollouts"]
+
+
+def test_resumed_with_other_guidance(tmp_path):
+    options = dict(save_strategy="steps", save_steps=2)
+    first = absorbing(tmp_path, **options)
+    first.train()
+    with pytest.raises(ValueError, match="`teacher_guidance_scale` was 3.0, is 5.0"):
+        absorbing(tmp_path, max_steps=3, teacher_guidance_scale=5.0).train(resume_from_checkpoint=True)
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # refused before anything was drawn
+    changed = absorbing(tmp_path, max_steps=3, teacher_guidance_scale=5.0, resume_with_changes=True)
+    changed.train(resume_from_checkpoint=True)
+    assert changed.cost["teacher_images"] == 6
+    assert any(
+        (v != first.model.adapter_state("target")[k]).any() for k, v in changed.model.adapter_state("target").items()
+    )
+    # And from a run that absorbed nothing.
+    plain = dict(sample_guidance_scale=1.0, teacher_guidance_scale=3.0, per_device_eval_batch_size=2, **options)
+    make_trainer(tmp_path / "other", **plain).train()
+    later = absorbing(tmp_path, max_steps=3, resume_with_changes=True)
+    later.train(resume_from_checkpoint=str(tmp_path / "other" / "run" / "checkpoint-2"))
+    check_equal(later, first, ("target",))
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_teacher_images=-1), "`num_teacher_images` is -1, but must be at least 0"),
+        (dict(num_teacher_images=1), "`num_teacher_images` is 1, but must be 0 or at least 2"),
+        (dict(target_updates=0), "`target_updates` is 0, but must be at least 1"),
+        (dict(teacher_guidance_scale=1.0), "there is no guidance to absorb"),
+        (dict(sample_guidance_scale=2.0), "guidance would act in R_dm twice"),
+    ],
+)
+def test_settings_that_contradict_each_other(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, **options_of(tmp_path, **options))
+
+
+def test_a_negative_prompt_where_there_is_none(tmp_path):
+    case = CASES["flux_dev"]
+    options = options_of(tmp_path, negative_prompts="a coat", **case.size)
+    trainer = make_family_trainer(case, tmp_path, make(case), rewards=(), **options)
+    with pytest.raises(ValueError, match="FluxPipeline has no negative prompts"):
+        trainer.train()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Set `teacher_cache_dir`"):
+        absorbing(tmp_path, teacher_cache_dir=str(tmp_path / "file")).train()
+
+
+def test_a_target_that_learned_by_heart_is_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(guidance.logger, "warning", said.append)
+    absorbing(tmp_path, fake_learning_rate=0.5, num_teacher_images=2).absorb_guidance()
+    assert "Set a larger `num_teacher_images`" in said[0]
