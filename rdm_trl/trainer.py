@@ -248,7 +248,13 @@ class RdmDistillTrainer(Trainer):
         if position >= args.steps_per_generation and self._trusted:
             experience = self._experiences[position % args.steps_per_generation]
             x0 = self._predict_exits(experience.rollout, experience.condition)
-            weight = self._importance_weight(experience, x0.detach())
+            self._check_finite("student's prediction", x0.detach().flatten(1).sum(1), experience.prompts)
+            clip = args.epsilon, args.epsilon_high
+            weight, figures = experience.weight(x0.detach(), self.process, args.importance_sampling_level, *clip)
+            kl = gather(figures["ratio/kl"]).mean()
+            self._record({**figures, "ratio/kl": kl})
+            # Too far from the policy that acted: the rest of the loop gets rollouts of its own.
+            self._trusted &= args.target_kl is None or bool(kl <= args.target_kl)
         else:
             experience, x0 = self._collect(rows)
             if args.num_iterations > 1 and self._trusted:
@@ -310,20 +316,6 @@ class RdmDistillTrainer(Trainer):
             x0 = self._predict_exits(rollout, condition)
             rollout.x0 = x0.detach()  # the same but for rounding, and the importance ratio must start at 1
         return Experience(prompts, condition, rollout, seen, timesteps, noise, teacher, pushes), x0
-
-    def _importance_weight(self, experience: Experience, x0: torch.Tensor) -> torch.Tensor:
-        """The truncated importance ratio of a used rollout's action, where the student predicts `x0` (B, ...) now."""
-        args, rollout, timesteps = self.args, experience.rollout, experience.timesteps
-        self._check_finite("student's prediction", x0.flatten(1).sum(1), experience.prompts)
-        action = self.process.add_noise(rollout.x0, experience.noise, timesteps)
-        log_ratio = policy.log_ratio(action, x0, rollout.x0, timesteps, self.process)
-        ratio = policy.importance_ratio(log_ratio, args.importance_sampling_level).detach()
-        weight = losses.clip_ratio(ratio, args.epsilon, args.epsilon_high)
-        kl = gather(policy.action_kl(x0, rollout.x0, timesteps, self.process)).mean()
-        self._record({**policy.ratio_figures(ratio, weight), "ratio/kl": kl})
-        # Too far from the policy that acted: the rest of the loop gets rollouts of its own.
-        self._trusted &= args.target_kl is None or bool(kl <= args.target_kl)
-        return weight
 
     def _feedback(self, experience: Experience, x0: torch.Tensor, weight: torch.Tensor | float) -> Feedback:
         """What `experience` says to the student that predicts `x0` (B, ...) now, against the fake score of now."""

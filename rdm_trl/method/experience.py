@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from . import losses, policy
+from .diffusion import NoiseProcess
 from .policy import Rollout
 
 
@@ -33,6 +35,20 @@ class Experience:
     noise: torch.Tensor
     teacher: torch.Tensor
     pushes: list[torch.Tensor] | None
+
+    def weight(
+        self, x0: torch.Tensor, process: NoiseProcess, level: str, epsilon: float, epsilon_high: float | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        The truncated importance ratio (B, ...) of the action, where the student predicts `x0` (B, ...) now, and what
+        is logged of it; `level` as in `policy.importance_ratio`, the epsilons as in `losses.clip_ratio`.
+        """
+        old_x0, timesteps = self.rollout.x0, self.timesteps
+        action = process.add_noise(old_x0, self.noise, timesteps)
+        ratio = policy.importance_ratio(policy.log_ratio(action, x0, old_x0, timesteps, process), level).detach()
+        weight = losses.clip_ratio(ratio, epsilon, epsilon_high)
+        kl = policy.action_kl(x0, old_x0, timesteps, process).mean()
+        return weight, {**policy.ratio_figures(ratio, weight), "ratio/kl": kl}
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
