@@ -32,9 +32,9 @@ def die_in(module, name: str):
     """Writes half a file of the checkpoint of step 4, and is killed."""
     save = getattr(module, name)
 
-    def half(*args):
+    def half(*args, **kwargs):
         path = Path(args[-1])
-        save(*args)
+        save(*args, **kwargs)
         if path.parent.name == "checkpoint-4":
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
             os.kill(os.getpid(), signal.SIGKILL)

@@ -175,7 +175,7 @@ def save_training_state(folder: Path, trainer):
     """All adapters, the fake score's optimizer and the mixing's running averages."""
     states = {name: trainer.model.adapter_state(name) for name in trainer.model.adapters}
     adapters = {f"{name}.{key}": v.contiguous() for name, state in states.items() for key, v in state.items()}
-    save_file(adapters, folder / "adapters.safetensors", {TARGET: trainer.target_key or ""})
+    save_file(adapters, folder / "adapters.safetensors", metadata={TARGET: trainer.target_key or ""})
     torch.save(trainer.fake_score.state_dict(), folder / "fake_optimizer.pt")
     save_file(trainer.rewards.mixer.state, folder / "mixer.safetensors")
 

@@ -95,6 +95,7 @@ def run_settings(trainer) -> dict[str, Any]:
     ours = [name for name in RdmDistillConfig.__annotations__ if name not in ("report_to", "remove_unused_columns")]
     settings = {name: getattr(config, name) for name in (*ours, *TRAINING_SETTINGS)}
     settings = {name: str(v.value) if hasattr(v, "value") else v for name, v in settings.items()}
+    settings["num_teacher_images"] *= trainer.absorbs_guidance  # a pipeline may have none
     lora = {}
     if lora_config is not None:
         layers = lora_config.target_modules
@@ -188,6 +189,8 @@ def write_card(
     if settings["reward_funcs"]:
         names = ", ".join(f"`{reward}`" for reward in settings["reward_funcs"])
         method += f"; with the rewards {names} (`reward_mixing={settings['reward_mixing']!r}`)"
+    if trainer.absorbs_guidance:
+        method += f"; guidance was absorbed from {settings['num_teacher_images']} images of the guided teacher"
     if trainer.teacher_lora is not None:
         method += f". Its teacher was the base with the LoRA `{trainer.teacher_lora}`, whose style it carries"
     on_hub = base is not None and not Path(base).exists()  # the Hub accepts no path

@@ -148,10 +148,10 @@ def test_signals_in_this_process(tmp_path):
 def test_a_full_disk_with_a_limit_of_checkpoints(tmp_path, monkeypatch):
     """The error is seen, and the one checkpoint that is kept is the good one."""
 
-    def full(tensors, path):
+    def full(tensors, path, metadata=None):
         if "checkpoint-2" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     trainer = make_trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1)
