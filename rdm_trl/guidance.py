@@ -6,6 +6,7 @@ disk, under the name of all that they depend on.
 
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -150,15 +151,16 @@ def absorb_guidance(trainer, images: GuidedImages, key: str):
     else:
         trainer.encode_negative([args.negative_prompts])  # refused here, where the pipeline has none
         latents, cost["teacher_images"] = images()
-        cost["target_updates"] = train(trainer, latents, images.prompts)
+        cost["target_updates"] = train(trainer, latents, images.prompts, file.with_suffix(".pt"))
         if main:
             write_tensors(file, model.adapter_state(TARGET))
+            file.with_suffix(".pt").unlink(missing_ok=True)
     trainer.cost |= {**cost, "target_seconds": time.perf_counter() - start}
 
 
-def train(trainer, latents: torch.Tensor, prompts: list[str]) -> int:
-    """Trains the target on `latents` (N, ...) of `prompts`; returns the number of updates."""
-    args, device = trainer.args, trainer.accelerator.device
+def train(trainer, latents: torch.Tensor, prompts: list[str], unfinished: Path) -> int:
+    """Trains the target on `latents` (N, ...) of `prompts`, from where `unfinished` was left; returns its updates."""
+    args, device, main = trainer.args, trainer.accelerator.device, trainer.is_world_process_zero()
     if args.activation_checkpointing:
         trainer.model.activation_checkpointing_enable()  # `Trainer` does so later
 
@@ -167,16 +169,23 @@ def train(trainer, latents: torch.Tensor, prompts: list[str]) -> int:
         x0, noise = latents[draws.rows].to(device), draws.noise.to(device)
         return trainer.denoising_loss(TARGET, x0, noise, timesteps, trainer.encode([prompts[i] for i in draws.rows]))
 
+    def save(state: dict):
+        if main:
+            torch.save(state, unfinished.with_suffix(f".{os.getpid()}"))
+            unfinished.with_suffix(f".{os.getpid()}").replace(unfinished)
+
+    state = torch.load(unfinished, "cpu", weights_only=True) if main and unfinished.exists() else None
+    state = broadcast_object_list([state])[0]
     score = trainer.make_score(TARGET, "target", "constant", 0, args.target_updates)
-    hidden = args.disable_tqdm or not trainer.is_world_process_zero()
+    hidden = args.disable_tqdm or not main
     with tqdm(desc="training the target", total=args.target_updates, disable=hidden) as bar:
 
-        def progress(held_out_loss: float):
-            bar.update()
+        def progress(update: int, held_out_loss: float):
+            bar.update(update - bar.n)
             bar.set_postfix(held_out_loss=f"{held_out_loss:.4f}")
 
-        shape, size = latents.shape[1:], args.per_device_train_batch_size
-        updates, losses = target.train_target(score, loss_at, len(latents), shape, args.target_updates, size, progress)
+        sizes = len(latents), latents.shape[1:], args.target_updates, args.per_device_train_batch_size
+        updates, losses = target.train_target(score, loss_at, *sizes, state, save, progress)
     if min(losses) == losses[0]:
         logger.warning(
             f"The target denoises held-out images of the guided teacher no better than the plain base: it has learned "

@@ -245,6 +245,36 @@ def test_drawing_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     assert files_of(tmp_path) == files_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
+def test_the_target_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, optim):
+    monkeypatch.setattr(target, "EVERY", 2)
+    options = dict(target_updates=5, optim=optim)
+    whole = absorbing(tmp_path / "whole", **options)
+    whole.absorb_guidance()
+    first, calls = absorbing(tmp_path, **options), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 8:  # three looks of one part, four updates, and one
+            raise KeyboardInterrupt
+        return type(first).denoising_loss(first, *args)
+
+    first.denoising_loss = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    again = absorbing(tmp_path, seed=7, **options)
+    for trainer in (first, again):  # in the same process, or another
+        files = {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.pt")}
+        trainer.denoising_loss = type(trainer).denoising_loss.__get__(trainer)
+        trainer.absorb_guidance()
+        assert (trainer.cost["teacher_images"], trainer.cost["target_updates"]) == (0, 1)
+        check_equal(trainer, whole, ("target",))
+        assert len(files) == 1 and not list((tmp_path / "cache").rglob("*.pt"))
+        for file, contents in files.items():
+            file.write_bytes(contents)
+            next(file.parent.glob("target-*.safetensors")).unlink()
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_a_resumed_run_has_its_target(tmp_path, full, monkeypatch):
     """2 + 2 updates are 4, to the last bit; without the cache too, since a checkpoint carries the target."""

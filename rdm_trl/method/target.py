@@ -86,7 +86,9 @@ def train_target(
     shape: tuple[int, ...],
     max_updates: int,
     batch_size: int,
-    progress: Callable[[float], None] = lambda loss: None,
+    state: dict | None = None,
+    save: Callable[[dict], None] = lambda state: None,
+    progress: Callable[[int, float], None] = lambda update, loss: None,
 ) -> tuple[int, list[float]]:
     """
     Trains the target by denoising until the average of its weights denoises held-out images hardly better any more,
@@ -100,10 +102,13 @@ def train_target(
         shape (`tuple[int]`): of one image's latents.
         max_updates (`int`): the most updates.
         batch_size (`int`): draws that a process denoises at once.
-        progress (`Callable`, *optional*): told after each update of the last held-out loss.
+        state (`dict`, *optional*): what `save` was last given; the training goes on from there.
+        save (`Callable`, *optional*): given all that a later call needs to go on, at each look.
+        progress (`Callable`, *optional*): told at first and after each update of their number and the last held-out
+            loss.
 
     Returns:
-        The number of updates, and the held-out loss before the first and at each look after that.
+        The number of updates of this call, and the held-out loss before the first of all and at each look after that.
     """
     generator = torch.Generator().manual_seed(SEED)
     trained, held_out = split_images(num_images)
@@ -125,8 +130,19 @@ def train_target(
         parameter.requires_grad_(True)
     left = start  # where this is interrupted
     try:
-        update, history = 0, [look()]
-        for update in range(1, max_updates + 1):
+        if state is None:
+            first, history = 0, [look()]
+        else:
+            first, history = state["update"], state["history"]
+            for values, saved in zip((parameters, average, best), state["weights"], strict=True):
+                with torch.no_grad():
+                    torch._foreach_copy_(values, saved)
+            score.load_state_dict(state["score"])
+            generator.set_state(state["generator"])
+        update = first
+        progress(update, history[-1])
+        while update < max_updates and not is_settled(history):
+            update += 1
             chosen = trained[torch.randint(len(trained), (per_update,), generator=generator)]
             score.update(loss_at, [(part,) for part in draw(chosen, shape, generator).own(batch_size)])
             with torch.no_grad():  # what the weights began with is soon forgotten
@@ -135,12 +151,13 @@ def train_target(
                 history.append(look())
                 if history[-1] == min(history):
                     torch._foreach_copy_(best, average)
-                if is_settled(history):
-                    break
-            progress(history[-1])
+                weights = [[value.detach().cpu() for value in values] for values in (parameters, average, best)]
+                state = {"update": update, "history": history, "weights": weights, "score": score.state_dict()}
+                save({**state, "generator": generator.get_state()})
+            progress(update, history[-1])
         left = best
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
         torch._foreach_copy_(parameters, left)
-    return update, history
+    return update - first, history

@@ -1,6 +1,8 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """The target against a Gaussian whose score is known, and where its training ends."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -71,18 +73,38 @@ def test_it_ends_at_its_best_on_held_out_images():
     assert min(history) < 0.1 and history[0] == 1.0
 
 
-def test_an_interrupted_target_begins_anew():
-    weight, calls = nn.Parameter(torch.ones(1)), []
+def test_an_interrupted_target_goes_on_from_its_last_look():
+    """And until then the weights are what they were."""
+    images = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    limit, saved = 0, []
 
-    def loss_at(draws):
-        calls.append(draws)
-        if len(calls) > 60:
-            raise KeyboardInterrupt
-        return weight.square().mean()
+    def run(state=None):
+        weight, calls = nn.Parameter(torch.zeros(2)), []
 
-    with pytest.raises(KeyboardInterrupt):
-        target.train_target(score_of([weight], 0.1), loss_at, 10, (2,), 1000, 64)
-    assert weight.item() == 1.0 and not weight.requires_grad
+        def loss_at(draws):
+            calls.append(draws)
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            return (images[draws.rows] * draws.fractions[:, None] + draws.noise - weight).square().mean()
+
+        def save(state):
+            saved.append(copy.deepcopy(state))
+
+        try:
+            return weight, target.train_target(score_of([weight], 0.02), loss_at, 50, (2,), 110, 128, state, save)
+        except KeyboardInterrupt:
+            return weight, None
+
+    whole, (updates, history) = run()
+    assert updates > 45 and len(saved) == len(history) - 1
+    saved.clear()
+    limit = 4 + 20 + 4 + 20 + 4 + 5  # looks of four parts, and updates
+    interrupted, nothing = run()
+    assert nothing is None and torch.equal(interrupted, torch.zeros(2)) and not interrupted.requires_grad
+    assert [state["update"] for state in saved] == [20, 40]
+    limit = 0
+    resumed, (rest, looks) = run(saved[-1])
+    assert rest == updates - 40 and looks == history and torch.equal(resumed, whole)
 
 
 def test_the_processes_share_the_draws(monkeypatch):
