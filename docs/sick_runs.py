@@ -33,7 +33,9 @@ HEALTHY = dict(sample_guidance_scale=1.0)
 RUNS = {
     "healthy": HEALTHY,
     "collapsed:\nguidance 8 in R_dm": dict(sample_guidance_scale=8.0),
-    "over-saturated: fake\nscore left behind": dict(sample_guidance_scale=2.0, fake_learning_rate=1e-7),
+    "over-saturated: DMD, fake\nscore left behind": dict(
+        sample_guidance_scale=2.0, fake_learning_rate=1e-7, dm_centering="none"
+    ),
     "hacked: a reward\nof too much weight": dict(reward_mixing="sum", reward_weights=[3.0]),
 }
 PANELS = (

@@ -18,8 +18,11 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -102,17 +105,24 @@ class Stopwatch:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def wrap(self, owner, name: str, part: str):
-        function = getattr(owner, name)
-
+    def timed(self, function: Callable, part: str) -> Callable:
         @wraps(function)
-        def timed(*args, **kwargs):
+        def call(*args, **kwargs):
             start = self.now()
             result = function(*args, **kwargs)
             self.seconds[part] += self.now() - start
             return result
 
-        setattr(owner, name, timed)
+        return call
+
+    def wrap(self, owner, name: str, part: str):
+        setattr(owner, name, self.timed(getattr(owner, name), part))
+
+    @contextmanager
+    def backward_passes(self):
+        """Inside the block all backward passes count as the networks'."""
+        with patch.object(torch.Tensor, "backward", self.timed(torch.Tensor.backward, "networks")):
+            yield
 
 
 class DmdLoop:
@@ -175,15 +185,17 @@ class DmdLoop:
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each update behind the warm-up, from its first batch to its last bookkeeping."""
+    """Seconds of each update behind the warm-up, from its first batch to its last bookkeeping; none behind `end`."""
 
-    def __init__(self, watch: Stopwatch):
-        self.watch, self.ends = watch, []
+    def __init__(self, watch: Stopwatch, end: float):
+        self.watch, self.end, self.ends = watch, end, []
 
     def on_step_end(self, args, state, control, **kwargs):
         self.ends.append(self.watch.now())
         if state.global_step == WARMUP:
             self.watch.seconds.clear()
+        if time.monotonic() > self.end:
+            control.should_training_stop = True
 
 
 def measure(way: str, teacher: str, updates: int) -> dict:
@@ -191,10 +203,8 @@ def measure(way: str, teacher: str, updates: int) -> dict:
     before = evaluation.peak_memory_mb()
     make_pipeline, batch_size = TEACHERS[teacher]
     pipeline = make_pipeline()
-    watch = Stopwatch()
-    watch.wrap(torch.Tensor, "backward", "networks")
     if way == "dmd2":
-        loop = DmdLoop(pipeline, batch_size)
+        watch, loop = Stopwatch(), DmdLoop(pipeline, batch_size)
         for step in tqdm(range(WARMUP + updates), desc=f"{teacher}, {way}"):
             if step == WARMUP:
                 start = watch.now()
@@ -203,22 +213,26 @@ def measure(way: str, teacher: str, updates: int) -> dict:
         return {"seconds": seconds, "memory": evaluation.peak_memory_mb() - before}
 
     options = dict(per_device_train_batch_size=batch_size, torch_compile=way == "ours_compiled", **SETTINGS)
-    found = time_updates(pipeline, updates, 4 if way == "ours_is" else 1, watch, **options)
+    found = time_updates(pipeline, updates, 4 if way == "ours_is" else 1, **options)
     return {**found, "memory": evaluation.peak_memory_mb() - before}
 
 
 def time_updates(
-    pipeline: DiffusionPipeline, updates: int, cycle: int = 1, watch: Stopwatch | None = None, **options
+    pipeline: DiffusionPipeline, updates: int, cycle: int = 1, end: float = float("inf"), **options
 ) -> dict:
     """
     Seconds of one of the trainer's updates behind `WARMUP`, and of its parts.
 
     Args:
         updates (`int`): measured, in rollouts: each serves `cycle` updates.
+        end (`float`): on the monotonic clock; no update begins behind it.
         **options: of `RdmDistillConfig`.
+
+    Raises:
+        TimeoutError: `end` came before one update was measured.
     """
-    watch = watch or Stopwatch()
-    with tempfile.TemporaryDirectory() as folder:
+    watch = Stopwatch()
+    with tempfile.TemporaryDirectory() as folder, watch.backward_passes():
         config = RdmDistillConfig(
             output_dir=folder,
             max_steps=WARMUP * cycle + updates * cycle,
@@ -228,10 +242,13 @@ def time_updates(
             logging_strategy="no",
             **options,
         )
-        times = StepTimes(watch)
+        times = StepTimes(watch, end)
         prompts = Dataset.from_dict({"prompt": DEMO_PROMPTS})
         trainer = RdmDistillTrainer(config, sd_pipeline=pipeline, train_dataset=prompts, callbacks=[times])
-        watch.wrap(trainer.model.denoiser, "forward", "networks")
+        trainer.encode(DEMO_PROMPTS)  # once a run, which is longer
+        # Compiled, from outside: a clock within would be compiled too.
+        compiled = config.torch_compile
+        watch.wrap(*(trainer.model, "_run") if compiled else (trainer.model.denoiser, "forward"), "networks")
         watch.wrap(trainer, "rollout", "rollout")
         watch.wrap(trainer, "predict_teacher", "teacher")
         watch.wrap(trainer, "_feedback", "fake score's judgement")
@@ -240,6 +257,8 @@ def time_updates(
         watch.wrap(trainer, "update_fake", "fake score's updates")
         trainer.train()
     ends = times.ends[WARMUP - 1 :]
+    if len(ends) < 2:
+        raise TimeoutError("out of time")
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
     return {"seconds": seconds, "parts": {name: value / (len(ends) - 1) for name, value in watch.seconds.items()}}
 

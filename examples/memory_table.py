@@ -50,7 +50,7 @@ from rdm_trl.plan import GIB, choose, tensors_of
 
 CARDS = (24, 48, 80)
 # Only the number of tokens matters, to which every tokenizer pads.
-TOKENIZER = CLIPTokenizer.from_pretrained(DEMO_PIPELINE, subfolder="tokenizer")
+TOKENIZER = CLIPTokenizer.from_pretrained(DEMO_PIPELINE, subfolder="tokenizer", model_max_length=77)
 
 
 def clip(width: int, num_layers: int, num_heads: int, cls=CLIPTextModelWithProjection):
