@@ -110,7 +110,7 @@ class RdmDistillConfig(TrainingArguments):
             of its own, the target, learns them. It then takes the teacher's place in R_dm, without guidance. `0` turns
             that off: guidance then acts in R_dm by `sample_guidance_scale`. Without effect on pipelines that have no
             guidance.
-        target_updates (`int`, *optional*, defaults to `300`):
+        target_updates (`int`, *optional*, defaults to `1000`):
             The most updates of the target, at `fake_learning_rate`. It ends earlier where the average of its weights
             denoises held-out images hardly better any more, and is left as that was at its best.
         teacher_cache_dir (`str`, *optional*):
@@ -287,7 +287,7 @@ class RdmDistillConfig(TrainingArguments):
     num_teacher_images: int = field(
         default=0, metadata={"help": "Images of the guided teacher that R_dm's teacher learns; 0: none."}
     )
-    target_updates: int = field(default=300, metadata={"help": "The most updates of R_dm's teacher on them."})
+    target_updates: int = field(default=1000, metadata={"help": "The most updates of R_dm's teacher on them."})
     teacher_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder that keeps the teacher's images and what learned them."}
     )
