@@ -123,7 +123,7 @@ def cost_of_update(options: dict, budget: str, teacher: str | None = None) -> fl
         return seconds_of_update(options, teacher)
     names = ("sample_guidance_scale", "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations")
     guidance, images, accumulation, uses = (options.get(name, getattr(RdmDistillConfig, name)) for name in names)
-    guided = budget == "teacher_evaluations" and guidance > 1
+    guided = budget == "teacher_evaluations" and (guidance or 1) > 1  # not given: absorbed
     return images * accumulation * (1 + guided) / uses
 
 

@@ -23,6 +23,9 @@ INHERITED = {
     "weight_decay": float,
     "bf16": bool,
 }
+# Of the teacher's images, and their number, where guidance is absorbed: by default.
+TEACHER_GUIDANCE_SCALE = 1.75
+NUM_TEACHER_IMAGES = 1500
 # Schedules that need no more than the number of updates and of warm-up updates.
 FAKE_SCHEDULES = (
     "linear",
@@ -83,9 +86,16 @@ class RdmDistillConfig(TrainingArguments):
 
         sample_num_steps (`int`, *optional*, defaults to `4`):
             Number K of denoising steps of the student.
-        sample_guidance_scale (`float`, *optional*, defaults to `1.75`):
-            Guidance scale of the teacher in R_dm, which the student learns to do without; `1.0` turns it off. For
-            FLUX.1-dev it is the teacher's embedded guidance. Without effect on pipelines that have no guidance.
+        teacher_guidance_scale (`float`, *optional*):
+            Guidance scale that the teacher draws with: what the student learns to do without. By default `1.75`, or
+            `sample_guidance_scale` where that is given. For FLUX.1-dev it is the teacher's embedded guidance. Without
+            effect on pipelines that have no guidance.
+        teacher_num_steps (`int`, *optional*, defaults to `25`):
+            Denoising steps that the teacher draws with.
+        sample_guidance_scale (`float`, *optional*):
+            Guidance scale inside R_dm, in place of absorbed guidance, which is off where this is given: a teacher that
+            is not asked for images, but for its guided predictions. `1.0` is none. With `num_teacher_images=0` by
+            default `teacher_guidance_scale`.
         negative_prompts (`str`, *optional*, defaults to `""`):
             Negative prompt of the teacher's guidance; empty, what the pipeline guides away from by itself.
         sample_sigmas (`list[float]`, *optional*):
@@ -104,12 +114,12 @@ class RdmDistillConfig(TrainingArguments):
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Text encoders wait in the computer's memory and come to the device only to encode a new prompt or to draw
             samples: less memory, more time. With `prompt_cache_dir` prompts of an earlier run need none.
-        num_teacher_images (`int`, *optional*, defaults to `0`):
+        num_teacher_images (`int`, *optional*):
             Absorbed guidance: so many images of the training prompts are drawn by the guided teacher
             (`teacher_num_steps`, `teacher_guidance_scale`, its own scheduler) before the first update, and an adapter
-            of its own, the target, learns them. It then takes the teacher's place in R_dm, without guidance. `0` turns
-            that off: guidance then acts in R_dm by `sample_guidance_scale`. Without effect on pipelines that have no
-            guidance.
+            of its own, the target, learns them. It then takes the teacher's place in R_dm, without guidance. By
+            default `1500` where `teacher_guidance_scale` is above 1 and `sample_guidance_scale` is not given, else
+            `0`, which turns it off. Without effect on pipelines that have no guidance.
         target_updates (`int`, *optional*, defaults to `1000`):
             The most updates of the target, at `fake_learning_rate`. It ends earlier where the average of its weights
             denoises held-out images hardly better any more, and is left as that was at its best.
@@ -228,11 +238,6 @@ class RdmDistillConfig(TrainingArguments):
 
         > Parameters that control evaluation and logging
 
-        teacher_num_steps (`int`, *optional*, defaults to `25`):
-            Denoising steps of the teacher's own samples, with guidance, in evaluation and sample grids.
-        teacher_guidance_scale (`float`, *optional*):
-            Guidance scale of these samples; that of R_dm, `sample_guidance_scale`, by default. Distribution matching
-            favours likely images, as guidance does, so that the best student needs less guidance than its teacher.
         num_eval_images (`int`, *optional*, defaults to `1000`):
             Images of each model that `evaluate` compares, `num_generations` of a prompt.
         eval_feature_model (`str`, *optional*):
@@ -263,8 +268,12 @@ class RdmDistillConfig(TrainingArguments):
 
     # Parameters that control sampling
     sample_num_steps: int = field(default=4, metadata={"help": "Number of denoising steps of the student."})
-    sample_guidance_scale: float = field(
-        default=1.75, metadata={"help": "Guidance scale of the teacher in R_dm, which the student learns."}
+    teacher_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance scale that the teacher draws with; 1.75 by default."}
+    )
+    teacher_num_steps: int = field(default=25, metadata={"help": "Denoising steps that the teacher draws with."})
+    sample_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance scale inside R_dm, in place of absorbed guidance."}
     )
     negative_prompts: str = field(default="", metadata={"help": "Negative prompt of the teacher's guidance."})
     sample_sigmas: list[float] | None = field(
@@ -284,8 +293,9 @@ class RdmDistillConfig(TrainingArguments):
     offload_encoders: bool = field(
         default=False, metadata={"help": "Text encoders are on the device only while they encode."}
     )
-    num_teacher_images: int = field(
-        default=0, metadata={"help": "Images of the guided teacher that R_dm's teacher learns; 0: none."}
+    num_teacher_images: int | None = field(
+        default=None,
+        metadata={"help": "Images of the guided teacher that R_dm's teacher learns: 1500, or 0 without guidance."},
     )
     target_updates: int = field(default=1000, metadata={"help": "The most updates of R_dm's teacher on them."})
     teacher_cache_dir: str | None = field(
@@ -407,10 +417,6 @@ class RdmDistillConfig(TrainingArguments):
     )
 
     # Parameters that control evaluation and logging
-    teacher_num_steps: int = field(default=25, metadata={"help": "Denoising steps of the teacher's own samples."})
-    teacher_guidance_scale: float | None = field(
-        default=None, metadata={"help": "Guidance scale of the teacher's own samples; R_dm's by default."}
-    )
     num_eval_images: int = field(default=1000, metadata={"help": "Images of each model that evaluation compares."})
     eval_feature_model: str | None = field(
         default=None, metadata={"help": "Image model whose pooled features serve for FID and diversity."}
@@ -449,7 +455,13 @@ class RdmDistillConfig(TrainingArguments):
             if value not in choices:
                 raise ValueError(f"`{name}` is {value!r}, but must be one of {', '.join(choices)}.")
         if self.teacher_guidance_scale is None:
-            self.teacher_guidance_scale = self.sample_guidance_scale
+            in_score = self.sample_guidance_scale
+            self.teacher_guidance_scale = TEACHER_GUIDANCE_SCALE if in_score is None else in_score
+        if self.num_teacher_images is None:
+            absorbs = self.sample_guidance_scale is None and self.teacher_guidance_scale > 1
+            self.num_teacher_images = NUM_TEACHER_IMAGES if absorbs else 0
+        if self.sample_guidance_scale is None:
+            self.sample_guidance_scale = 1.0 if self.num_teacher_images else self.teacher_guidance_scale
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         if self.epsilon is None:
@@ -576,8 +588,8 @@ class RdmDistillConfig(TrainingArguments):
         if self.sample_guidance_scale > 1:
             raise ValueError(
                 f"`sample_guidance_scale` is {self.sample_guidance_scale} beside `num_teacher_images="
-                f"{self.num_teacher_images}`: guidance would act in R_dm twice. Absorb it, with "
-                "`sample_guidance_scale=1.0`, or keep it in R_dm, with `num_teacher_images=0`."
+                f"{self.num_teacher_images}`: guidance would act in R_dm twice. Leave out "
+                "`sample_guidance_scale` to absorb it, or `num_teacher_images` to keep it in R_dm."
             )
 
     def _check_grid(self):

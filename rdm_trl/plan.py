@@ -32,7 +32,8 @@ class Memory:
     Args:
         denoiser, encoders, others: weights in bfloat16; `encoders` are 0 where they are offloaded, and `others` is the
             autoencoder.
-        adapters: student, fake score and average in float32, with the gradients and AdamW states of the first two.
+        adapters: student, fake score, average and target in float32, with the gradients and AdamW states of the first
+            two.
         activations: what the student's forward pass keeps for its backward pass.
     """
 
@@ -170,8 +171,8 @@ def memory_of(
     if activation_checkpointing:
         roles.activation_checkpointing_enable()
     one = (size_of(roles) - denoiser) // len(ADAPTERS)
-    # Weights of all; a gradient and two moments of student and fake score.
-    adapters = one * (len(ADAPTERS) + 2 * 3)
+    # Weights of all, and of the target; a gradient and two moments of student and fake score.
+    adapters = one * (len(ADAPTERS) + 1 + 2 * 3)
     return Memory(denoiser, encoders, others, adapters, saved_activations(family, roles, batch_size))
 
 

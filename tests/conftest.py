@@ -109,6 +109,7 @@ def make_config(tmp_path, **options) -> RdmDistillConfig:
         learning_rate=1e-3,
         fake_learning_rate=1e-3,
         fake_updates=2,
+        num_teacher_images=0,
         use_cpu=True,
         disable_tqdm=True,
         save_strategy="no",

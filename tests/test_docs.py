@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, load_script, logs_of, make_config, make_trainer, redness
 from PIL import Image
 
-from rdm_trl import RdmDistillConfig, RdmDistillTrainer
+from rdm_trl import RdmDistillConfig, RdmDistillTrainer, config, guidance
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,15 +34,24 @@ def python_blocks(page: Path) -> list[tuple[str, str]]:
 def small_runs(tmp_path, monkeypatch):
     """Whatever a config asks for, two updates of two groups, in a folder of the test's own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "NUM_TEACHER_IMAGES", 4)
+    monkeypatch.setattr(guidance, "HF_HOME", str(tmp_path / "cache"))
     check = RdmDistillConfig.__post_init__
-    most = {"max_steps": 2, "num_eval_images": 8, "teacher_num_steps": 2, "num_log_images": 2, "fake_updates": 1}
+    most = {
+        "target_updates": 2,
+        "max_steps": 2,
+        "num_eval_images": 8,
+        "teacher_num_steps": 2,
+        "num_log_images": 2,
+        "fake_updates": 1,
+    }
 
-    def shrink(config):
+    def shrink(options):
         for name, value in most.items():
-            setattr(config, name, min(getattr(config, name), value))
-        config.per_device_train_batch_size = 2 * config.num_generations
-        config.use_cpu = config.disable_tqdm = True
-        check(config)
+            setattr(options, name, min(getattr(options, name), value))
+        options.per_device_train_batch_size = 2 * options.num_generations
+        options.use_cpu = options.disable_tqdm = True
+        check(options)
 
     monkeypatch.setattr(RdmDistillConfig, "__post_init__", shrink)
 

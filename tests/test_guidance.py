@@ -315,6 +315,26 @@ def test_resumed_with_other_guidance(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (1500, 1.0, 1.75)),
+        (dict(teacher_guidance_scale=7.5), (1500, 1.0, 7.5)),
+        (dict(num_teacher_images=40), (40, 1.0, 1.75)),
+        # Guidance in R_dm, as before there was another way, and as in DDPO.
+        (dict(num_teacher_images=0, teacher_guidance_scale=7.5), (0, 7.5, 7.5)),
+        (dict(sample_guidance_scale=5.0), (0, 5.0, 5.0)),
+        (dict(sample_guidance_scale=1.0, teacher_guidance_scale=1.75), (0, 1.0, 1.75)),
+        (dict(teacher_guidance_scale=1.0), (0, 1.0, 1.0)),
+    ],
+)
+def test_one_guidance_is_all_to_know(tmp_path, given, expected):
+    config = make_config(tmp_path, **{"num_teacher_images": None, **given})
+    assert (config.num_teacher_images, config.sample_guidance_scale, config.teacher_guidance_scale) == expected
+    config.__post_init__()
+    assert (config.num_teacher_images, config.sample_guidance_scale, config.teacher_guidance_scale) == expected
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(num_teacher_images=-1), "`num_teacher_images` is -1, but must be at least 0"),

@@ -146,7 +146,13 @@ def test_accelerate_launch(tmp_path):
 def test_evaluating_checkpoints(tmp_path, monkeypatch, capsys):
     """The script's figures, of images that plain diffusers draws, are those of the trainer's own samples."""
     config = RdmDistillConfig(
-        str(tmp_path / "run"), max_steps=2, learning_rate=0.01, log_images_steps=0, save_strategy="no", use_cpu=True
+        str(tmp_path / "run"),
+        max_steps=2,
+        learning_rate=0.01,
+        log_images_steps=0,
+        num_teacher_images=0,
+        save_strategy="no",
+        use_cpu=True,
     )
     trainer = RdmDistillTrainer(config)
     trainer.train()
