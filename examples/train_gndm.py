@@ -7,10 +7,10 @@ Distils a diffusion pipeline into a few-step LoRA. Without a model and without -
 Fashion-MNIST pipeline with the settings of examples/configs/gndm.yaml, in minutes, on a CPU.
 
 accelerate launch examples/train_gndm.py
-accelerate launch examples/train_gndm.py --dm_normalization sample --output_dir outputs/dmd
+accelerate launch examples/train_gndm.py --config examples/configs/dmd.yaml
 accelerate launch examples/train_gndm.py \
     --model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name my/prompts \
-    --sample_guidance_scale 4 --learning_rate 5e-5 --bf16 --output_dir sd15-4-step --push_to_hub
+    --teacher_guidance_scale 7.5 --learning_rate 1e-4 --bf16 --output_dir sd15-4-step --push_to_hub
 """
 
 import os

@@ -27,9 +27,12 @@ class EmaCallback(TrainerCallback):
 class DriftWarningCallback(TrainerCallback):
     """
     Warns, once for each figure, when the student's images leave the range they began in: collapse and reward hacking
-    show there before anyone looks at a picture.
+    show there before anyone looks at a picture. And once where the direction of R_dm is mostly the fake score's error.
     """
 
+    # Of the direction's mean square, in three logs in a row behind the first: at the start directions are next to
+    # nothing.
+    FAKE_ERROR = 10.0
     # Relative to the run's first logged value.
     RANGES = {"x0/std": (0.67, 1.5), "x0/diversity": (0.5, 2.0), "x0/saturation": (0.5, 2.0)}
 
@@ -46,6 +49,16 @@ class DriftWarningCallback(TrainerCallback):
                 f"{name} is {logs[name]:.3g} at step {state.global_step}, {logs[name] / first:.2f} times its first "
                 f"value ({first:.3g}). Look at the samples: lower the rewards' weights or `learning_rate`, or use "
                 "`reward_mixing='constrained'`."
+            )
+        name = "dm/fake_error"
+        known = [row[name] for row in state.log_history if name in row][1:]
+        if name in logs and name not in self.warned and len(known) > 2 and min(known[-3:]) > self.FAKE_ERROR:
+            self.warned.add(name)
+            logger.warning(
+                f"{name} is {logs[name]:.3g} at step {state.global_step}: the fake score's error is far larger than "
+                "the direction that it is a part of, so that it does not keep pace with the student. Raise "
+                "`fake_updates` or `fake_learning_rate`, lower `learning_rate`, or take it out with "
+                "`dm_centering='group'`."
             )
 
 

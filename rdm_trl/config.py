@@ -78,7 +78,7 @@ class RdmDistillConfig(TrainingArguments):
     This class includes only the parameters that are specific to distillation. For all others, see
     [`~transformers.TrainingArguments`]; as in GRPO, `per_device_train_batch_size` counts images, so that 32 with
     `num_generations=4` is eight prompts. These defaults differ from it: `per_device_train_batch_size=32`,
-    `per_device_eval_batch_size=32`, `learning_rate=5e-5`, `lr_scheduler_type="constant"`, `max_steps=1000`,
+    `per_device_eval_batch_size=32`, `learning_rate=5e-4`, `lr_scheduler_type="linear"`, `max_steps=1000`,
     `logging_steps=10`, `remove_unused_columns=False` and `report_to="none"`.
 
     Parameters:
@@ -120,7 +120,7 @@ class RdmDistillConfig(TrainingArguments):
             of its own, the target, learns them. It then takes the teacher's place in R_dm, without guidance. By
             default `1500` where `teacher_guidance_scale` is above 1 and `sample_guidance_scale` is not given, else
             `0`, which turns it off. Without effect on pipelines that have no guidance.
-        target_updates (`int`, *optional*, defaults to `1000`):
+        target_updates (`int`, *optional*, defaults to `300`):
             The most updates of the target, at `fake_learning_rate`. It ends earlier where the average of its weights
             denoises held-out images hardly better any more, and is left as that was at its best.
         teacher_cache_dir (`str`, *optional*):
@@ -184,7 +184,7 @@ class RdmDistillConfig(TrainingArguments):
         fake_updates (`int`, *optional*, defaults to `1`):
             Updates of the fake score for each update of the student, all on the student's rollout. With
             `dm_centering="none"` (DMD) take 3 or more: its direction has all of the fake score's lag.
-        fake_learning_rate (`float`, *optional*, defaults to `5e-5`):
+        fake_learning_rate (`float`, *optional*, defaults to `5e-4`):
             Learning rate of the fake score, which uses the same kind of optimizer as the student.
         fake_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             Learning rate schedule of the fake score, over all of its updates.
@@ -253,9 +253,9 @@ class RdmDistillConfig(TrainingArguments):
     # Parameters whose default values are overridden from TrainingArguments
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images a step and device."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Images sampled at once in evaluation."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of the student."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the student."})
     lr_scheduler_type: SchedulerType | str = field(
-        default="constant", metadata={"help": "Learning rate schedule of the student."}
+        default="linear", metadata={"help": "Learning rate schedule of the student."}
     )
     max_steps: int = field(default=1000, metadata={"help": "Updates of the student."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
@@ -297,7 +297,7 @@ class RdmDistillConfig(TrainingArguments):
         default=None,
         metadata={"help": "Images of the guided teacher that R_dm's teacher learns: 1500, or 0 without guidance."},
     )
-    target_updates: int = field(default=1000, metadata={"help": "The most updates of R_dm's teacher on them."})
+    target_updates: int = field(default=300, metadata={"help": "The most updates of R_dm's teacher on them."})
     teacher_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder that keeps the teacher's images and what learned them."}
     )
@@ -365,7 +365,7 @@ class RdmDistillConfig(TrainingArguments):
 
     # Parameters that control the fake score
     fake_updates: int = field(default=1, metadata={"help": "Fake-score updates for each update of the student."})
-    fake_learning_rate: float = field(default=5e-5, metadata={"help": "Learning rate of the fake score."})
+    fake_learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the fake score."})
     fake_lr_scheduler_type: SchedulerType | str = field(
         default="constant", metadata={"help": "Learning rate schedule of the fake score, over all of its updates."}
     )

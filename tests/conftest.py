@@ -107,6 +107,7 @@ def make_config(tmp_path, **options) -> RdmDistillConfig:
         log_images_steps=0,
         logging_steps=1,
         learning_rate=1e-3,
+        lr_scheduler_type="constant",
         fake_learning_rate=1e-3,
         fake_updates=2,
         num_teacher_images=0,

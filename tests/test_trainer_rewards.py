@@ -190,6 +190,17 @@ def test_a_warning_says_which_figure_left_its_range(monkeypatch):
     )
 
 
+def test_a_warning_where_the_fake_score_is_left_behind(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(callbacks.logger, "warning", warnings.append)
+    callback, state = callbacks.DriftWarningCallback(), TrainerState(global_step=40)
+    for error in (50.0, 20.0, 20.0, 9.0, 11.0, 30.0, 300.0, 300.0):  # the first is of next to no direction
+        logs = {"dm/fake_error": error}
+        state.log_history.append(logs)
+        callback.on_log(None, state, None, logs)
+    assert len(warnings) == 1 and warnings[0].startswith("dm/fake_error is 300 at step 40")
+
+
 def test_a_reward_is_maximised(tmp_path):
     """A black-box reward alone (no distribution matching): its mean on new noise rises."""
     trainer = make_trainer(tmp_path, [redness], dm_weight=0.0, **LEARNING)

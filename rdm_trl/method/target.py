@@ -23,10 +23,10 @@ BATCH = 64
 # Decay, per update, of the average of the weights, which is what is judged and kept.
 DECAY = 0.98
 # Updates between two looks at the held-out images. The end is where the last looks gained no more than a share of all
-# that was gained. A small one: a teacher's guidance is the last that is learned.
+# that was gained: the rest of the way costs as much as the way.
 EVERY = 20
-PATIENCE = 5
-SHARE = 0.01
+PATIENCE = 3
+SHARE = 0.05
 # Draws of a look, at least: each held-out image at as many levels as that takes.
 JUDGED = 512
 SEED = 0

@@ -29,10 +29,6 @@ def test_a_minute_of_training_brings_the_student_nearer_to_teacher_and_data(tmp_
     config = RdmDistillConfig(
         str(tmp_path),
         max_steps=64,
-        learning_rate=5e-4,
-        lr_scheduler_type="linear",
-        fake_learning_rate=5e-4,
-        fake_updates=3,
         sample_guidance_scale=1.0,
         teacher_guidance_scale=1.75,
         ema_decay=0.9,
