@@ -23,12 +23,12 @@ def load_example(name: str = "train_gndm"):
 
 def test_a_minute_of_training_brings_the_student_nearer_to_teacher_and_data(tmp_path):
     """
-    From where every run starts, with a sixth of the main job's updates; measured in the classifier's features, which
+    From where every run starts, with a quarter of the main job's updates; measured in the classifier's features, which
     training does not look at, against the real test images and against the guided teacher's samples of other noise.
     """
     config = RdmDistillConfig(
         str(tmp_path),
-        max_steps=64,
+        max_steps=96,
         sample_guidance_scale=1.0,
         teacher_guidance_scale=1.75,
         ema_decay=0.9,
