@@ -1,10 +1,61 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""Rollouts and their loss in the form that subclasses of TRL's former `DDPOTrainer` work with."""
+"""Rewards, rollouts and their loss in the form that subclasses of TRL's former `DDPOTrainer` work with."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
 from .method import policy
 from .prompts import split_rows
+
+
+def of_one(names: list[str], rewards: torch.Tensor, metadata: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    """Rewards (B, M) and metadata by name as they are, or for one reward function, as in DDPO, (B,) and its own."""
+    if len(names) > 1:
+        return rewards, metadata
+    return rewards.sum(1), metadata.get(names[0], {}) if names else {}
+
+
+def compute_rewards(trainer, pairs: list, is_async: bool) -> Iterator[tuple]:
+    """`RdmDistillTrainer.compute_rewards`, which see."""
+
+    def score(pair):
+        return of_one(trainer.rewards.names, *trainer.rewards.score(*pair))
+
+    if is_async:
+        with ThreadPoolExecutor() as executor:
+            return zip(*executor.map(score, pairs), strict=True)
+    return zip(*map(score, pairs), strict=True)
+
+
+def scores_of(trainer, images: torch.Tensor, prompts: list[str], metadata: list[Any]) -> tuple[torch.Tensor, Any]:
+    """
+    Rewards (B, M) of a batch and their metadata, as `trainer.compute_rewards` has them, a subclass's own or not.
+
+    Raises:
+        ValueError: it does not return one row an image and one column a reward function, or what is not finite.
+    """
+    (rewards,), (details,) = trainer.compute_rewards([[images, prompts, metadata]])
+    rewards = torch.as_tensor(rewards, dtype=torch.float32, device=images.device)
+    rewards = rewards[:, None] if rewards.ndim == 1 else rewards
+    shape = len(prompts), len(trainer.rewards.functions)
+    if rewards.shape != shape or rewards.isinf().any():
+        raise ValueError(
+            f"`compute_rewards` returned rewards of the shape {tuple(rewards.shape)}, or not finite: they must be "
+            f"{shape}, one row an image and one column a reward function."
+        )
+    return rewards, details
+
+
+def ask_black_boxes(trainer, images: torch.Tensor, prompts: list[str], metadata: list[Any]) -> Callable:
+    """What has to be called for the black boxes' rewards (B, M) and metadata; async functions work until then."""
+    if trainer.overrides_rewards:
+        rewards, details = scores_of(trainer, images, prompts, metadata)
+        names = trainer.rewards.names
+        return lambda: (rewards, {names[0]: details} if len(names) == 1 else details)
+    return trainer.rewards.score_black_boxes.start(images, prompts, metadata)
 
 
 @torch.no_grad()

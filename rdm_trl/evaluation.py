@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
+from .ddpo import scores_of
 from .prompts import split_rows
 
 
@@ -150,7 +151,7 @@ def measure(trainer, dataset: Dataset):
         if who != "student" and trainer._measured.get(who) == prompts:
             continue
         images = trainer.sample(who, prompts, description=f"evaluating the {who}")
-        rewards, _ = trainer.compute_rewards([[images, prompts, metadata]])[0]
+        rewards, _ = scores_of(trainer, images, prompts, metadata)
         named = dict(zip(trainer.rewards.names, rewards.nanmean(0).tolist(), strict=True))
         trainer.metrics[who] = {**trainer.judge(who, images, prompts), "rewards": named}
         trainer._measured[who] = prompts

@@ -2,8 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import Trainer, TrainerCallback, get_scheduler
 from . import evaluation, guidance
 from .callbacks import DriftWarningCallback, EmaCallback, ImageTracker, SampleGridCallback, StopOnSignalCallback
 from .config import RdmDistillConfig
-from .ddpo import generate_samples, policy_loss
+from .ddpo import ask_black_boxes, compute_rewards, generate_samples, of_one, policy_loss
 from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
 from .method import losses, matching, policy
 from .method.advantages import Feedback
@@ -117,7 +116,9 @@ class RdmDistillTrainer(Trainer):
             reward_function = []
         given = reward_function if isinstance(reward_function, list) else [reward_function]
         functions = [resolve_reward(reward) for reward in (*given, *(config.reward_funcs or []))]
-        self.rewards = RewardPanel(functions, config)
+        # As a subclass written for DDPO has one.
+        self.overrides_rewards = type(self).compute_rewards is not RdmDistillTrainer.compute_rewards
+        self.rewards = RewardPanel(functions, config, differentiate=not self.overrides_rewards)
         self.image_samples_callback = image_samples_hook
 
         # Prompts
@@ -284,7 +285,7 @@ class RdmDistillTrainer(Trainer):
             images = self.family.decode(rollout.latents[:, -1])
             self._record({"x0/saturation": ((images < 1 / 255) | (images > 254 / 255)).float().mean()})
         if asked and self.rewards.black_boxes:
-            answers = self.rewards.score_black_boxes.start(images, prompts, metadata)
+            answers = ask_black_boxes(self, images, prompts, metadata)
         # The rollout's last pass is that of the student's update, whose graph waits while teacher and rewards judge.
         # Not where a reward is differentiated through the autoencoder: two graphs would be in memory together.
         with torch.set_grad_enabled(not (asked and self.rewards.differentiable)):
@@ -308,8 +309,7 @@ class RdmDistillTrainer(Trainer):
         if self.state.global_step < args.reward_warmup:
             pushes = None
         if shows and self.is_world_process_zero():
-            scores = rewards[:, 0] if rewards.shape[1] == 1 else rewards
-            shown = [[images, prompts, metadata, scores, details]]
+            shown = [[images, prompts, metadata, *of_one(self.rewards.names, rewards, details)]]
             self.image_samples_callback(shown, self.state.global_step, ImageTracker(self))
         self._record(rollout.figures(args.num_generations))
         if not x0.requires_grad:
@@ -416,21 +416,20 @@ class RdmDistillTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------ DDPO's interface
 
-    def compute_rewards(self, prompt_image_pairs: list, is_async: bool = False) -> list[tuple[torch.Tensor, Any]]:
+    def compute_rewards(self, prompt_image_pairs: list, is_async: bool = False) -> Iterator[tuple]:
         """
-        Rewards of several batches.
+        Rewards of several batches. A subclass's own is what training and evaluation ask; all rewards are then black
+        boxes.
 
         Args:
             prompt_image_pairs (`list`): of `[images, prompts, metadata]`, images (B, 3, H, W) in [0, 1].
             is_async (`bool`): score the batches in threads.
 
         Returns:
-            For each batch the rewards (B, M), a column for each reward function, and their metadata by name.
+            As in TRL, a zip of two: each batch's rewards, then each batch's metadata. Rewards are (B,) with one reward
+            function and (B, M) with M; metadata is what the one returned, or theirs by name.
         """
-        if is_async:
-            with ThreadPoolExecutor() as executor:
-                return list(executor.map(lambda pair: self.rewards.score(*pair), prompt_image_pairs))
-        return [self.rewards.score(*pair) for pair in prompt_image_pairs]
+        return compute_rewards(self, prompt_image_pairs, is_async)
 
     def loss(self, advantages: torch.Tensor, clip_range: float, ratio: torch.Tensor) -> torch.Tensor:
         """PPO's clipped loss of `advantages` (B,) and importance `ratio` (B, ...), for every scalar reward."""

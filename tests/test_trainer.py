@@ -389,11 +389,61 @@ def test_ddpo_compute_rewards(tmp_path, is_async):
 
     trainer = make_trainer(tmp_path, [scored, keywords])
     metadata = [{"colour": "red"}, {"colour": None}]
-    answers = trainer.compute_rewards([[torch.zeros(2, 3, 8, 8), ["a", "abc"], metadata]] * 2, is_async=is_async)
-    assert len(answers) == 2
-    for rewards, info in answers:
-        torch.testing.assert_close(rewards, torch.tensor([[1.0, 1.0], [3.0, torch.nan]]), equal_nan=True)
+    pairs = [[torch.zeros(2, 3, 8, 8), ["a", "abc"], metadata]] * 2
+    rewards, infos = trainer.compute_rewards(pairs, is_async=is_async)
+    assert len(rewards) == len(infos) == 2
+    for values, info in zip(rewards, infos, strict=True):
+        torch.testing.assert_close(values, torch.tensor([[1.0, 1.0], [3.0, torch.nan]]), equal_nan=True)
         assert info["scored"] == {"seen": metadata}
+    # With one reward function, as DDPO had, a number an image and what the function itself returned.
+    (values, _), (info, _) = make_trainer(tmp_path, [scored]).compute_rewards(pairs, is_async=is_async)
+    torch.testing.assert_close(values, torch.tensor([1.0, 3.0]))
+    assert info == {"seen": metadata}
+
+
+class FromDDPO(RdmDistillTrainer):
+    """Written for TRL's trainer: it changes what `super()` scored."""
+
+    def compute_rewards(self, prompt_image_pairs, is_async=False):
+        rewards, metadata = super().compute_rewards(prompt_image_pairs, is_async)
+        self.asked = [images.shape for images, _, _ in prompt_image_pairs]
+        return [-10 * values for values in rewards], [{"before": values} for values in rewards]
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_subclass_for_ddpo_changes_what_training_and_evaluation_see(tmp_path, monkeypatch, differentiable):
+    def scored(images, prompts, metadata):
+        return images.mean(dim=(1, 2, 3)), {}
+
+    scored.differentiable = differentiable
+    shown = []
+    plain = make_trainer(tmp_path / "plain", [scored], reward_gradients=False)
+    monkeypatch.setattr("conftest.RdmDistillTrainer", FromDDPO)
+    ported = make_trainer(tmp_path / "ported", [scored])
+
+    rows = [{"prompt": "a"}] * 8
+    feedbacks = []
+    for trainer in (plain, ported):
+        trainer.image_samples_callback = lambda data, *_: shown.append(data[-1])
+        torch.manual_seed(0)
+        feedbacks.append(trainer._prepare_inputs(rows)["feedback"])
+    (images, _, _, before, _), (_, _, _, after, details) = shown
+    torch.testing.assert_close(after, -10 * before)
+    torch.testing.assert_close(details["before"], before)
+    assert ported.asked == [images.shape]
+    # The normalised advantage of minus a reward is minus its own.
+    assert feedbacks[0].advantage.abs().max() > 0
+    torch.testing.assert_close(feedbacks[1].advantage, -feedbacks[0].advantage, rtol=1e-3, atol=1e-5)
+    figures = plain.evaluate(), ported.evaluate()
+    assert figures[1]["eval_teacher_scored"] == pytest.approx(-10 * figures[0]["eval_teacher_scored"], rel=1e-4)
+
+
+def test_a_subclass_for_ddpo_with_too_few_rewards(tmp_path, monkeypatch):
+    monkeypatch.setattr("conftest.RdmDistillTrainer", FromDDPO)
+    trainer = make_trainer(tmp_path, [redness])
+    monkeypatch.setattr(RdmDistillTrainer, "compute_rewards", lambda *args: ([torch.zeros(3)], [{}]))
+    with pytest.raises(ValueError, match=r"rewards of the shape \(3, 1\), .* must be \(8, 1\), one row an image"):
+        trainer.train()
 
 
 def test_ddpo_hook_and_prompt_function(tmp_path):
@@ -417,7 +467,7 @@ def test_ddpo_hook_and_prompt_function(tmp_path):
     assert images.shape == (8, 3, 8, 8) and prompts == ["a bag"] * 8
     assert all(isinstance(row["id"], int) for row in metadata)
     torch.testing.assert_close(rewards, redness(images, prompts, metadata))
-    assert reward_metadata == {"redness": {}}
+    assert reward_metadata == {}
     assert (tmp_path / "run" / "samples" / "a_b-0.png").is_file()
 
 

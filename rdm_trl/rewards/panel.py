@@ -57,13 +57,14 @@ class RewardPanel:
     Args:
         functions (`list`): the rewards.
         config (`RdmDistillConfig`): its reward options.
+        differentiate (`bool`): whether those that declare themselves differentiable are differentiated.
 
     Raises:
         ValueError: the number of weights is not that of rewards, two rewards have one name, or a black box has no
             group to compare an image with.
     """
 
-    def __init__(self, functions: list[RewardFunction], config: RdmDistillConfig):
+    def __init__(self, functions: list[RewardFunction], config: RdmDistillConfig, differentiate: bool = True):
         self.functions, self.config = functions, config
         self.score = Scorer(functions, config.reward_timeout)
         self.names = self.score.names
@@ -73,7 +74,8 @@ class RewardPanel:
         if len(weights) != len(functions):
             raise ValueError(f"`reward_weights` has {len(weights)} values for {len(functions)} reward functions.")
         self.weights = torch.tensor(weights)
-        direct = [config.reward_gradients and is_differentiable(function) for function in functions]
+        differentiate = differentiate and config.reward_gradients
+        direct = [differentiate and is_differentiable(function) for function in functions]
         self.differentiable = [i for i, is_direct in enumerate(direct) if is_direct]
         self.black_boxes = [i for i, is_direct in enumerate(direct) if not is_direct]
         self.score_black_boxes = Scorer([functions[i] for i in self.black_boxes], config.reward_timeout)
