@@ -124,8 +124,9 @@ class RdmDistillConfig(TrainingArguments):
             The most updates of the target, at `fake_learning_rate`. It ends earlier where the average of its weights
             denoises held-out images hardly better any more, and is left as that was at its best.
         teacher_cache_dir (`str`, *optional*):
-            Folder that keeps the teacher's images and the target, so that later runs of the same teacher and prompts
-            need not make them again; by default `rdm_trl` in Hugging Face's cache (`HF_HOME`).
+            Folder that keeps the teacher's images, the target, and the latents that evaluation draws of teacher and
+            base, so that later runs of the same teacher and prompts need not make them again; by default `rdm_trl` in
+            Hugging Face's cache (`HF_HOME`).
         num_generations (`int`, *optional*, defaults to `4`):
             Images per prompt: the group. `per_device_train_batch_size` must be divisible by it.
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
 from .ddpo import scores_of
+from .guidance import kept_images
 from .prompts import split_rows
 
 
@@ -133,8 +134,11 @@ def sample(trainer, who: str, prompts: list[str], description: str | None, seed:
         "student": ("ema", trainer.student_scheduler, args.sample_num_steps, unguided),
     }[who]
     seed = args.seed if seed is None else seed
-    rest = args.negative_prompts, seed, args.per_device_eval_batch_size, None if args.disable_tqdm else description
+    title = None if args.disable_tqdm else description
     with trainer.model.use(role), trainer.accelerator.autocast():
+        if who != "student":
+            return kept_images(trainer, prompts, num_steps, guidance_scale, seed, title)
+        rest = args.negative_prompts, seed, args.per_device_eval_batch_size, title
         return family.sample_in_batches(scheduler, prompts, num_steps, guidance_scale, *rest)
 
 

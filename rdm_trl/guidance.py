@@ -1,7 +1,7 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """
 Absorbed guidance: before the first update the guided teacher draws images, and the target learns them. Both stay on
-disk, under the name of all that they depend on.
+disk, under the name of all that they depend on; and so do the images that evaluation compares.
 """
 
 import hashlib
@@ -36,6 +36,66 @@ def image_prompts(prompts: list[str], number: int) -> list[str]:
     return [distinct[order[i % len(order)]] for i in range(number)]
 
 
+def cache_of(args) -> Path:
+    return Path(args.teacher_cache_dir) if args.teacher_cache_dir is not None else Path(HF_HOME) / "rdm_trl"
+
+
+def weights_of(trainer) -> str:
+    """Of all weights that draw the teacher's images."""
+    encoders = (p for module in trainer.family.encoders() for p in module.parameters())
+    return fingerprint([*trainer.model.frozen_parameters(), *encoders])
+
+
+def describe(trainer, num_steps: int, guidance_scale: float) -> dict[str, Any]:
+    """All that an image of the teacher depends on, but for its prompt and noise."""
+    args, family = trainer.args, trainer.family
+    return {
+        "pipeline": type(family.pipeline).__name__,
+        "weights": trainer.teacher_weights,
+        "teacher_lora": trainer.model.adapter_config(TEACHER),
+        "scheduler": json.loads(family.pipeline.scheduler.to_json_string()),
+        "precision": [str(family.dtype), trainer.accelerator.mixed_precision],
+        "num_steps": num_steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompts": args.negative_prompts,
+        "size": [family.height, family.width],
+        "prompt_limit": family.prompt_limit,
+    }
+
+
+def kept_images(
+    trainer, prompts: list[str], num_steps: int, guidance_scale: float, seed: int, title: str | None
+) -> torch.Tensor:
+    """
+    Images (B, 3, H, W) in [0, 1] of the teacher by its own scheduler, as `sample_in_batches` draws them, whose latents
+    are drawn once and kept on disk: the next evaluation of the same teacher does not wait for them.
+    """
+    args, family, size = trainer.args, trainer.family, trainer.args.per_device_eval_batch_size
+    settings, folder = describe(trainer, num_steps, guidance_scale), cache_of(args) / "evaluated"
+    images = []
+    for i, start in enumerate(tqdm(range(0, len(prompts), size), desc=title, disable=title is None)):
+        chunk = prompts[start : start + size]
+        own = {"prompts": chunk, "seed": seed + i, "device": family.denoiser.device.type}
+        key = digest(description({**settings, **own}))
+        file = folder / f"{key}.safetensors"
+        if file.exists():
+            latents = load_file(file)["latents"]
+        else:
+            draw = num_steps, guidance_scale, args.negative_prompts, torch.Generator().manual_seed(seed + i)
+            latents = family.sample_latents(family.pipeline.scheduler, chunk, *draw)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_tensors(file, {"latents": latents.cpu()})
+            except OSError as error:
+                logger.warning_once(
+                    f"The teacher's images cannot be kept in {folder}, and will be drawn again by the next run: "
+                    f"{error}. Set `teacher_cache_dir`."
+                )
+        with torch.no_grad():
+            images.append(family.decode(latents.to(family.denoiser.device)))
+    return torch.cat(images)
+
+
 class GuidedImages:
     """
     The guided teacher's images of the training prompts, drawn once and kept on disk.
@@ -49,27 +109,13 @@ class GuidedImages:
 
     def __init__(self, trainer):
         self.trainer = trainer
-        args, family = trainer.args, trainer.family
+        args = trainer.args
         prompts = trainer.train_dataset["prompt"]
         self.prompts = image_prompts(prompts, args.num_teacher_images)
-        weights = [*trainer.model.frozen_parameters(), *(p for m in family.encoders() for p in m.parameters())]
-        what = {
-            "pipeline": type(family.pipeline).__name__,
-            "weights": fingerprint(weights),
-            "teacher_lora": trainer.model.adapter_config(TEACHER),
-            "scheduler": json.loads(family.pipeline.scheduler.to_json_string()),
-            "precision": [str(family.dtype), trainer.accelerator.mixed_precision],
-            "num_steps": args.teacher_num_steps,
-            "guidance_scale": args.teacher_guidance_scale,
-            "negative_prompts": args.negative_prompts,
-            "size": [family.height, family.width],
-            "prompt_limit": family.prompt_limit,
-            "prompts": sorted(set(prompts)),
-        }
-        self.description = description(what)
+        settings = describe(trainer, args.teacher_num_steps, args.teacher_guidance_scale)
+        self.description = description({**settings, "prompts": sorted(set(prompts))})
         self.key = broadcast_object_list([digest(self.description)])[0]
-        root = Path(args.teacher_cache_dir) if args.teacher_cache_dir is not None else Path(HF_HOME) / "rdm_trl"
-        self.folder = root / self.key
+        self.folder = cache_of(args) / self.key
 
     def __call__(self) -> tuple[torch.Tensor, int]:
         """Latents (N, ...) of all images, in the computer's memory, and how many were drawn now."""

@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,6 @@ class RdmDistillTrainer(Trainer):
             reward_function = []
         given = reward_function if isinstance(reward_function, list) else [reward_function]
         functions = [resolve_reward(reward) for reward in (*given, *(config.reward_funcs or []))]
-        # As a subclass written for DDPO has one.
         self.overrides_rewards = type(self).compute_rewards is not RdmDistillTrainer.compute_rewards
         self.rewards = RewardPanel(functions, config, differentiate=not self.overrides_rewards)
         self.image_samples_callback = image_samples_hook
@@ -158,16 +158,14 @@ class RdmDistillTrainer(Trainer):
         # Other noise on each process, from here on.
         set_seed(config.seed, device_specific=True)
 
-        self.absorbs_guidance, self.target_key = absorbs, None
-        self.fake_score = None
+        self.absorbs_guidance, self.target_key, self.fake_score = absorbs, None, None
         self.judge = load_demo_judge() if self.is_demo else evaluation.Judge()
         if config.eval_feature_model is not None:
             self.judge = evaluation.Judge(evaluation.PretrainedFeatures(config.eval_feature_model))
         self.metrics = {}
         self.cost = {"updates": 0, "rollouts": 0, "teacher_evaluations": 0, "seconds": 0.0}
         self._experiences, self._trusted, self._accumulated = [], True, 0
-        self._fake_batches, self._measured = [], {}
-        self._records = defaultdict(list)
+        self._fake_batches, self._measured, self._records = [], {}, defaultdict(list)
 
     # -------------------------------------------------------------------------------------------------- data and roles
 
@@ -186,6 +184,10 @@ class RdmDistillTrainer(Trainer):
         """Denoised prediction of `role`, without guidance; `model` is `self.model`, wrapped or not."""
         output = self.family.denoise(lambda *a, **k: model(role, *a, **k), x_t, timesteps, condition)
         return self.process.to_x0(output, x_t, timesteps)
+
+    @cached_property
+    def teacher_weights(self) -> str:
+        return guidance.weights_of(self)
 
     @torch.no_grad()
     def predict_teacher(self, x_t, timesteps, condition) -> torch.Tensor:

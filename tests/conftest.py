@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from rdm_trl import RdmDistillConfig, RdmDistillTrainer
+from rdm_trl import RdmDistillConfig, RdmDistillTrainer, guidance
 from rdm_trl.demo import DEMO_PIPELINE
 
 
@@ -87,6 +87,16 @@ def make_tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> Stabl
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """What runs keep for later ones, they keep for the tests of this process and not in the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("cache"))
+        patch.setattr(guidance, "HF_HOME", folder)
+        patch.setenv("HF_HOME", folder)
+        yield
 
 
 PROMPTS = ["a photo of a bag", "a dress", "a coat"]

@@ -311,6 +311,38 @@ def test_resumed_with_other_guidance(tmp_path):
     check_equal(later, first, ("target",))
 
 
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_evaluation_compares_is_drawn_once(name, tmp_path, monkeypatch):
+    """It is what the pipeline draws by its own call; another run of the same teacher reads it and draws nothing."""
+    case = CASES[name]
+    prompts = [*case.prompts, case.prompts[0]]
+    options = dict(teacher_guidance_scale=2.0, teacher_cache_dir=str(tmp_path / "cache"), per_device_eval_batch_size=2)
+    trainer = make_family_trainer(case, tmp_path, make(case), rewards=(), **options, **case.size)
+    family, scheduler = trainer.family, trainer.sd_pipeline.scheduler
+    num_steps = trainer.args.teacher_num_steps, trainer.args.sample_num_steps
+    for who, steps, scale in (("teacher", num_steps[0], 2.0), ("base", num_steps[1], family.student_guidance_scale)):
+        images = trainer.sample(who, prompts, seed=5)
+        with trainer.model.use("teacher"):
+            expected = family.sample_in_batches(scheduler, prompts, steps, scale, "", 5, 2)
+        torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    again = make_family_trainer(case, tmp_path / "again", make(case), rewards=(), seed=7, **options, **case.size)
+    assert not torch.equal(again.sample("base", prompts, seed=6), images)  # other noise
+    monkeypatch.setattr(type(family), "sample", lambda *args, **kwargs: pytest.fail("drawn again"))
+    assert torch.equal(again.sample("base", prompts, seed=5), images)
+
+
+def test_a_cache_that_cannot_be_written_costs_no_figures(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(guidance.logger, "warning_once", said.append)
+    (tmp_path / "file").write_text("")
+    trainer = make_trainer(tmp_path, teacher_cache_dir=str(tmp_path / "file"))
+    assert trainer.sample("teacher", PROMPTS).shape == (3, 3, 8, 8)
+    assert "Set `teacher_cache_dir`" in said[0]
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 

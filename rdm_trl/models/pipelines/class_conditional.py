@@ -134,6 +134,9 @@ class UnconditionalFamily(PipelineFamily):
     def sample(self, *args, **kwargs):
         return super().sample(*args, **kwargs).expand(-1, 3, -1, -1)
 
+    def sample_latents(self, *arguments):
+        return 2 * super().sample(*arguments) - 1
+
     def call_arguments(self, prompts, guidance_scale, negative_prompt=""):
         return {"batch_size": len(prompts)}
 
