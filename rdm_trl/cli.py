@@ -7,6 +7,7 @@ import torch
 
 from .plan import plan
 from .saving.export import FORMATS, export
+from .saving.report import write_report
 
 
 def main(argv: list[str] | None = None):
@@ -27,7 +28,16 @@ def main(argv: list[str] | None = None):
     exporter.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of a pipeline"
     )
+    reporter = commands.add_parser("report", help="how a run went, on one page; or several runs, side by side")
+    reporter.add_argument("runs", nargs="+", metavar="DIR", help="`output_dir` of a run, finished or not")
+    reporter.add_argument("--output", help="file to write; by default report.html, of one run in its folder")
     args = parser.parse_args(argv)
+    if args.command == "report":
+        try:
+            print(write_report(args.runs, args.output))
+        except (ImportError, ValueError) as error:
+            parser.exit(2, f"{error}\n")
+        return
     if args.command == "export":
         dtype = getattr(torch, args.dtype)
         print(export(args.checkpoint, args.output_dir, args.format, base=args.base, dtype=dtype))

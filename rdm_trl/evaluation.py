@@ -3,6 +3,7 @@
 
 import resource
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +150,12 @@ def measure(trainer, dataset: Dataset):
     for who in ("teacher", "base", "student"):
         if who != "student" and trainer._measured.get(who) == prompts:
             continue
+        start = time.perf_counter()
         images = trainer.sample(who, prompts, description=f"evaluating the {who}")
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        seconds = trainer.cost.setdefault("seconds_per_image", {})
+        seconds[who] = (time.perf_counter() - start) / len(prompts)
         rewards, _ = trainer.compute_rewards([[images, prompts, metadata]])[0]
         named = dict(zip(trainer.rewards.names, rewards.nanmean(0).tolist(), strict=True))
         trainer.metrics[who] = {**trainer.judge(who, images, prompts), "rewards": named}
