@@ -5,8 +5,14 @@ from setuptools import find_packages, setup
 
 
 OCR = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3.9"]
+REPORT = ["plotly>=6"]
+DEMO = ["gradio>=6"]
+# The browser itself is the system's, or comes by `playwright install chromium`; tests that need one skip without it.
+BROWSER = ["playwright>=1.50"]
 EXTRAS = {
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "scipy>=1.11", "hypothesis>=6.100", *OCR],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "scipy>=1.11", "hypothesis>=6.100", *OCR, *REPORT, *DEMO, *BROWSER],
+    "report": REPORT,
+    "demo": DEMO,
     "ocr": OCR,
     "eval": ["matplotlib>=3.8"],
     "quantization": ["bitsandbytes>=0.48"],
@@ -21,7 +27,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["rdm_trl", "rdm_trl.*"]),
-    package_data={"rdm_trl.demo": ["*.safetensors", "*.json", "*.md", "classifier/*", "pipeline/*", "pipeline/*/*"]},
+    package_data={
+        "rdm_trl.demo": ["*.safetensors", "*.json", "*.md", "classifier/*", "pipeline/*", "pipeline/*/*", "space/*"],
+        "rdm_trl.saving": ["*.html"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from rdm_trl.callbacks import comparison_grid
 from rdm_trl.demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge
 from rdm_trl.evaluation import Judge, PretrainedFeatures, machine
 from rdm_trl.models.pipelines import family_of, read_pipeline
@@ -24,6 +23,7 @@ from rdm_trl.prompts import load_prompts
 from rdm_trl.rewards import Scorer, resolve_reward
 from rdm_trl.saving.export import fuse
 from rdm_trl.saving.hub import figures_table
+from rdm_trl.saving.pictures import comparison_grid
 
 
 def parse_args():

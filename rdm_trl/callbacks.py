@@ -9,9 +9,15 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw
+from PIL import Image
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
+
+from .guardrails import drift_warnings
+from .saving.hub import write_metrics
+from .saving.pictures import comparison_grid, save_grid
+from .saving.report import REPORT_NEEDS, is_report_available, write_report
 
 
 logger = logging.get_logger(__name__)
@@ -25,41 +31,44 @@ class EmaCallback(TrainerCallback):
 
 
 class DriftWarningCallback(TrainerCallback):
-    """
-    Warns, once for each figure, when the student's images leave the range they began in: collapse and reward hacking
-    show there before anyone looks at a picture. And once where the direction of R_dm is mostly the fake score's error.
-    """
-
-    # Of the direction's mean square, in three logs in a row behind the first: at the start directions are next to
-    # nothing.
-    FAKE_ERROR = 10.0
-    # Relative to the run's first logged value.
-    RANGES = {"x0/std": (0.67, 1.5), "x0/diversity": (0.5, 2.0), "x0/saturation": (0.5, 2.0)}
-
-    def __init__(self):
-        self.warned = set()
+    """Says what `drift_warnings` finds in the logs, once for each figure."""
 
     def on_log(self, args, state, control, logs, **kwargs):
-        for name, (low, high) in self.RANGES.items():
-            first = next((row[name] for row in state.log_history if row.get(name)), None)
-            if first is None or name not in logs or name in self.warned or low <= logs[name] / first <= high:
-                continue
-            self.warned.add(name)
-            logger.warning(
-                f"{name} is {logs[name]:.3g} at step {state.global_step}, {logs[name] / first:.2f} times its first "
-                f"value ({first:.3g}). Look at the samples: lower the rewards' weights or `learning_rate`, or use "
-                "`reward_mixing='constrained'`."
-            )
-        name = "dm/fake_error"
-        known = [row[name] for row in state.log_history if name in row][1:]
-        if name in logs and name not in self.warned and len(known) > 2 and min(known[-3:]) > self.FAKE_ERROR:
-            self.warned.add(name)
-            logger.warning(
-                f"{name} is {logs[name]:.3g} at step {state.global_step}: the fake score's error is far larger than "
-                "the direction that it is a part of, so that it does not keep pace with the student. Raise "
-                "`fake_updates` or `fake_learning_rate`, lower `learning_rate`, or take it out with "
-                "`dm_centering='group'`."
-            )
+        for row, warning in drift_warnings(state.log_history).values():
+            if row is state.log_history[-1]:
+                logger.warning(warning)
+
+
+class ReportCallback(TrainerCallback):
+    """
+    Refreshes `report.html` of the output folder, and the logs that it is made of (`trainer_state.json`), at each
+    evaluation and at the end. A page that cannot be written costs the run nothing but the page.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and not is_report_available():
+            logger.warning(f"{REPORT_NEEDS} Until then there is no `report.html`; `rdm-trl report` makes it later.")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.write(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.write(args, state)
+
+    def write(self, args, state):
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        try:
+            write_metrics(self.trainer, folder)
+            state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            if is_report_available():
+                write_report([folder])
+        except Exception as error:  # whatever it is, hours of training are worth more than a page
+            logger.warning(f"`report.html` could not be written; the run is not touched by it: {error!r}")
 
 
 class SampleGridCallback(TrainerCallback):
@@ -98,8 +107,8 @@ class SampleGridCallback(TrainerCallback):
         folder = Path(args.output_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         picture = comparison_grid(columns, prompts)
-        picture.save(folder / f"step-{state.global_step:06d}.png")
-        picture.save(folder / "grid.png")
+        save_grid(picture, folder / f"step-{state.global_step:06d}.png")
+        save_grid(picture, folder / "grid.png")
 
 
 class StopOnSignalCallback(TrainerCallback):
@@ -145,6 +154,11 @@ class StopOnSignalCallback(TrainerCallback):
             )
 
 
+def default_callbacks(trainer) -> list[TrainerCallback]:
+    """What every run does beside its updates, in this order: the report shows the grid that was drawn before it."""
+    return [EmaCallback(), DriftWarningCallback(), SampleGridCallback(trainer), ReportCallback(trainer)]
+
+
 class ImageTracker:
     """
     The tracker that `image_samples_hook` is given, with the two methods of accelerate's trackers that DDPO's hooks
@@ -168,29 +182,3 @@ class ImageTracker:
                 images = [images]
             stem = "".join(c if c.isalnum() or c in " ._-" else "_" for c in name)[:80]
             make_image_grid(images, 1, len(images)).save(folder / f"{stem}-{step}.png")
-
-
-def comparison_grid(columns: dict[str, list[list[Image.Image]]], prompts: list[str]) -> Image.Image:
-    """
-    A labelled picture with a block of columns for each model and a row for each prompt.
-
-    Args:
-        columns: by title, for each prompt the images (any number, the same everywhere).
-    """
-    sample = next(iter(columns.values()))[0]
-    size = max(sample[0].width, 64)
-    gap, header, margin = 12, 20, 8 + max(int(ImageDraw.Draw(sample[0]).textlength(prompt)) for prompt in prompts)
-    block = len(sample) * size
-    picture = Image.new("RGB", (margin + len(columns) * (block + gap), header + len(prompts) * size), "white")
-    draw = ImageDraw.Draw(picture)
-    for row, prompt in enumerate(prompts):
-        draw.text((4, header + row * size + size // 2), prompt, fill="black", anchor="lm")
-    for column, (title, rows) in enumerate(columns.items()):
-        left = margin + column * (block + gap)
-        draw.text((left + block // 2, header // 2), title, fill="black", anchor="mm")
-        for row, images in enumerate(rows):
-            for i, image in enumerate(images):
-                picture.paste(
-                    image.resize((size, size * image.height // image.width)), (left + i * size, header + row * size)
-                )
-    return picture

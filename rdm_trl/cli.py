@@ -5,8 +5,10 @@ import argparse
 
 import torch
 
+from .demo.page import export_space, run_demo
 from .plan import plan
 from .saving.export import FORMATS, export
+from .saving.report import write_report
 
 
 def main(argv: list[str] | None = None):
@@ -27,7 +29,31 @@ def main(argv: list[str] | None = None):
     exporter.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of a pipeline"
     )
+    reporter = commands.add_parser("report", help="how a run went, on one page; or several runs, side by side")
+    reporter.add_argument("runs", nargs="+", metavar="DIR", help="`output_dir` of a run, finished or not")
+    reporter.add_argument("--output", help="file to write; by default report.html, of one run in its folder")
+    demo = commands.add_parser("demo", help="a page to try a finished run on: student beside teacher and base")
+    demo.add_argument("run", metavar="DIR", help="folder that a run has saved")
+    demo.add_argument("--export", metavar="FOLDER", help="write a Space of the Hub there, instead of serving the page")
+    demo.add_argument("--base", help="folder or Hub id of the base pipeline; by default the run's")
+    demo.add_argument("--port", type=int, help="of the page; the first free one from 7860 by default")
+    demo.add_argument("--share", action="store_true", help="by a public link of Gradio's")
     args = parser.parse_args(argv)
+    if args.command == "demo":
+        try:
+            if args.export is not None:
+                print(export_space(args.run, args.export, args.base))
+            else:
+                run_demo(args.run, args.base, args.port, args.share)
+        except (ImportError, ValueError) as error:
+            parser.exit(2, f"{error}\n")
+        return
+    if args.command == "report":
+        try:
+            print(write_report(args.runs, args.output))
+        except (ImportError, ValueError) as error:
+            parser.exit(2, f"{error}\n")
+        return
     if args.command == "export":
         dtype = getattr(torch, args.dtype)
         print(export(args.checkpoint, args.output_dir, args.format, base=args.base, dtype=dtype))

@@ -3,6 +3,7 @@
 
 import resource
 import sys
+import time
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +127,13 @@ class Judge:
 
 def sample(trainer, who: str, prompts: list[str], description: str | None, seed: int | None) -> torch.Tensor:
     """`RdmDistillTrainer.sample`, which see."""
+    return draw(trainer, who, prompts, description, seed)[0]
+
+
+def draw(
+    trainer, who: str, prompts: list[str], description: str | None, seed: int | None
+) -> tuple[torch.Tensor, float]:
+    """`sample`, and the seconds that an image took: of the teacher and the base, when it was drawn."""
     args, family = trainer.args, trainer.family
     base_scheduler, unguided = family.pipeline.scheduler, family.student_guidance_scale
     role, scheduler, num_steps, guidance_scale = {
@@ -139,7 +147,11 @@ def sample(trainer, who: str, prompts: list[str], description: str | None, seed:
         if who != "student":
             return kept_images(trainer, prompts, num_steps, guidance_scale, seed, title)
         rest = args.negative_prompts, seed, args.per_device_eval_batch_size, title
-        return family.sample_in_batches(scheduler, prompts, num_steps, guidance_scale, *rest)
+        start = time.perf_counter()
+        images = family.sample_in_batches(scheduler, prompts, num_steps, guidance_scale, *rest)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        return images, (time.perf_counter() - start) / len(prompts)
 
 
 def measure(trainer, dataset: Dataset):
@@ -154,7 +166,8 @@ def measure(trainer, dataset: Dataset):
     for who in ("teacher", "base", "student"):
         if who != "student" and trainer._measured.get(who) == prompts:
             continue
-        images = trainer.sample(who, prompts, description=f"evaluating the {who}")
+        images, seconds = draw(trainer, who, prompts, f"evaluating the {who}", None)
+        trainer.cost.setdefault("seconds_per_image", {})[who] = seconds
         rewards, _ = scores_of(trainer, images, prompts, metadata)
         named = dict(zip(trainer.rewards.names, rewards.nanmean(0).tolist(), strict=True))
         trainer.metrics[who] = {**trainer.judge(who, images, prompts), "rewards": named}

@@ -65,35 +65,39 @@ def describe(trainer, num_steps: int, guidance_scale: float) -> dict[str, Any]:
 
 def kept_images(
     trainer, prompts: list[str], num_steps: int, guidance_scale: float, seed: int, title: str | None
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, float]:
     """
-    Images (B, 3, H, W) in [0, 1] of the teacher by its own scheduler, as `sample_in_batches` draws them, whose latents
-    are drawn once and kept on disk: the next evaluation of the same teacher does not wait for them.
+    Images (B, 3, H, W) in [0, 1] of the teacher by its own scheduler, as `sample_in_batches` draws them, and the
+    seconds that each took. Their latents are drawn once and kept on disk, with that time: the next evaluation of the
+    same teacher does not wait for them.
     """
     args, family, size = trainer.args, trainer.family, trainer.args.per_device_eval_batch_size
     settings, folder = describe(trainer, num_steps, guidance_scale), cache_of(args) / "evaluated"
-    images = []
+    images, seconds, device = [], 0.0, family.denoiser.device
     for i, start in enumerate(tqdm(range(0, len(prompts), size), desc=title, disable=title is None)):
         chunk = prompts[start : start + size]
-        own = {"prompts": chunk, "seed": seed + i, "device": family.denoiser.device.type}
-        key = digest(description({**settings, **own}))
+        key = digest(description({**settings, "prompts": chunk, "seed": seed + i, "device": device.type}))
         file = folder / f"{key}.safetensors"
         if file.exists():
-            latents = load_file(file)["latents"]
+            kept = load_file(file)
         else:
+            begin = time.perf_counter()
             draw = num_steps, guidance_scale, args.negative_prompts, torch.Generator().manual_seed(seed + i)
-            latents = family.sample_latents(family.pipeline.scheduler, chunk, *draw)
+            latents = family.sample_latents(family.pipeline.scheduler, chunk, *draw).cpu()
+            kept = {"latents": latents, "seconds": torch.tensor(time.perf_counter() - begin)}
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_tensors(file, {"latents": latents.cpu()})
+                write_tensors(file, kept)
             except OSError as error:
                 logger.warning_once(
                     f"The teacher's images cannot be kept in {folder}, and will be drawn again by the next run: "
                     f"{error}. Set `teacher_cache_dir`."
                 )
+        begin = time.perf_counter()
         with torch.no_grad():
-            images.append(family.decode(latents.to(family.denoiser.device)))
-    return torch.cat(images)
+            images.append(family.decode(kept["latents"].to(device)))
+        seconds += kept["seconds"].item() + time.perf_counter() - begin
+    return torch.cat(images), seconds / len(prompts)
 
 
 class GuidedImages:

@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, get_scheduler
 
 from . import evaluation, guidance
-from .callbacks import DriftWarningCallback, EmaCallback, ImageTracker, SampleGridCallback, StopOnSignalCallback
+from .callbacks import ImageTracker, StopOnSignalCallback, default_callbacks
 from .config import RdmDistillConfig
 from .ddpo import ask_black_boxes, compute_rewards, generate_samples, of_one, policy_loss
 from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
@@ -144,7 +144,7 @@ class RdmDistillTrainer(Trainer):
             data_collator=list,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[EmaCallback(), DriftWarningCallback(), SampleGridCallback(self), *(callbacks or [])],
+            callbacks=[*default_callbacks(self), *(callbacks or [])],
             optimizers=optimizers,
         )
         if config.torch_compile:  # every role; `Trainer` by itself would compile the student's training pass alone

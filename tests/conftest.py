@@ -1,6 +1,7 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 
@@ -14,7 +15,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer, guidance
-from rdm_trl.demo import DEMO_PIPELINE
+from rdm_trl.demo import DEMO_PIPELINE, DEMO_PROMPTS
 
 
 ROOT = Path(__file__).parents[1]
@@ -179,3 +180,33 @@ def logs_of(trainer) -> dict:
 @pytest.fixture
 def tiny_pipeline():
     return make_tiny_pipeline()
+
+
+MARKUP = 'a bag </script><b>bold</b> & "quoted" {{ 1 }}'
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """Folder of a short run of the embedded pipeline, with an evaluation on the way, a reward and an odd prompt."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = make_config(folder, max_steps=4, log_images_steps=2, eval_strategy="steps", eval_steps=2)
+    prompts = Dataset.from_dict({"prompt": [DEMO_PROMPTS[0], MARKUP]})
+    trainer = RdmDistillTrainer(config, redness, train_dataset=prompts, peft_config=LoraConfig(r=2))
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real browser without a window; a test that needs one is skipped where none is installed."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    with playwright.sync_playwright() as driver:
+        system = shutil.which("chromium") or shutil.which("google-chrome")
+        if system is None and not Path(driver.chromium.executable_path).exists():
+            pytest.skip("needs a browser: apt-get install chromium, or playwright install chromium")
+        # Its sandbox needs rights that containers seldom give.
+        browser = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -78,6 +78,17 @@ def test_the_notebook_runs_from_top_to_bottom(small_runs):
     assert isinstance(namespace["image"], Image.Image) and "eval_symmetry" in namespace["figures"]
 
 
+def test_the_notebook_shows_what_it_drew():
+    """Its outputs are kept by docs/notebook.py: small, and of no machine."""
+    text = (ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8")
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum(any(kind.startswith("image/") for kind in output["data"]) for output in outputs) == 3
+    assert len(text) < 400_000 and not any(output["output_type"] == "stream" for output in outputs)
+    assert not re.search(r"/(tmp|home|root|usr|Users)/", text)
+
+
 def test_blocks_that_do_not_run_are_few():
     pages = [page.name for page in PAGES for reason, _ in python_blocks(page) if reason]
     assert pages == ["ddpo.md", "performance.md"]

@@ -181,7 +181,7 @@ def test_a_warning_says_which_figure_left_its_range(monkeypatch):
     monkeypatch.setattr(callbacks.logger, "warning", warnings.append)
     callback, state = callbacks.DriftWarningCallback(), TrainerState(global_step=40)
     for diversity in (0.5, 0.6, 0.26, 0.2, 0.1):
-        logs = {"x0/diversity": diversity, "x0/std": 1.0}
+        logs = {"x0/diversity": diversity, "x0/std": 1.0, "step": 40}
         state.log_history.append(logs)
         callback.on_log(None, state, None, logs)
     assert len(warnings) == 1  # once, and the spread did not move

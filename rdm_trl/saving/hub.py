@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from ..config import RdmDistillConfig
 from ..evaluation import peak_memory_mb
+from .pictures import card_picture, format_seconds, read_grid, student_seconds
 
 
 CARD = """---
@@ -22,7 +23,11 @@ CARD = """---
 A {{ kind }} that lets {{ base_name }} draw an image in {{ num_steps }} unguided denoising steps instead of
 {{ settings.teacher_num_steps }} guided ones. It was distilled with [rdm_trl](https://huggingface.co/papers/2603.28460):
 {{ method }}.
-
+{% if picture %}
+![teacher and student on the same prompts, with steps and seconds]({{ picture }})
+{% endif %}{% if report %}
+How the run went, on one page: [report.html]({{ report }}).
+{% endif %}
 ```python
 import torch
 from diffusers import {{ pipeline_class }}, {{ scheduler_class }}
@@ -160,6 +165,19 @@ def figures_table(metrics: dict, names: Iterable[str] = ("teacher", "base", "stu
     return "\n".join(lines)
 
 
+def write_card_picture(folder: Path, seconds: dict[str, float], is_lora: bool) -> str:
+    """`samples/card.png` from the folder's grid; its path in the folder, or nothing where there is no grid."""
+    grid = read_grid(folder / "samples" / "grid.png")
+    if grid is None:
+        return ""
+    below = {"teacher": seconds.get("teacher"), "student": student_seconds(seconds, is_lora)}
+    below = {who: f"{format_seconds(value)} an image" for who, value in below.items() if value}
+    if is_lora and "student" in below:
+        below["student"] += ", LoRA fused"
+    card_picture(grid[0], below).save(folder / "samples" / "card.png")
+    return "samples/card.png"
+
+
 def write_card(
     trainer,
     folder: Path,
@@ -178,6 +196,7 @@ def write_card(
         tags (`str` or `list[str]`, *optional*): beside the trainer's own.
     """
     settings, metrics, family = trainer.settings(), trainer.metrics, trainer.family
+    picture = write_card_picture(folder, trainer.cost.get("seconds_per_image", {}), trainer.model.kind == "LoRA")
     base = None if trainer.is_demo else trainer.base_model
     repo = repo or str(folder.absolute())
     kind = trainer.model.kind
@@ -220,6 +239,8 @@ def write_card(
         call=family.call_code(trainer.train_dataset[0]["prompt"], settings["sample_num_steps"]),
         num_steps=settings["sample_num_steps"],
         note=family.card_note,
+        picture=picture,
+        report="report.html" if (folder / "report.html").exists() else "",
         method=method,
         settings=settings,
         table=figures_table(metrics) if "student" in metrics else "",

@@ -54,6 +54,8 @@ UPLOADED = {
     "pytorch_lora_weights.safetensors",
     "scheduler/scheduler_config.json",
     "samples/grid.png",
+    "samples/card.png",
+    "report.html",
     "samples/step-000002.png",
 }
 
