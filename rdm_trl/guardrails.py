@@ -51,6 +51,7 @@ def drift_warnings(history: list[dict[str, Any]]) -> dict[str, tuple[dict[str, A
     """
     found, first, errors = {}, {}, []
     for row in history:
+        step = row.get("step") or 0
         for name, (low, high) in {rail.key: rail.healthy for rail in GUARDRAILS if rail.relative}.items():
             value = row.get(name)
             if value is None:
@@ -60,7 +61,7 @@ def drift_warnings(history: list[dict[str, Any]]) -> dict[str, tuple[dict[str, A
             if name in first and name not in found and not low <= value / first[name] <= high:
                 found[name] = (
                     row,
-                    f"{name} is {value:.3g} at step {row.get('step')}, {value / first[name]:.2f} times its first "
+                    f"{name} is {value:.3g} at step {step:.0f}, {value / first[name]:.2f} times its first "
                     f"value ({first[name]:.3g}). Look at the samples: lower the rewards' weights or `learning_rate`, "
                     "or use `reward_mixing='constrained'`.",
                 )
@@ -70,7 +71,7 @@ def drift_warnings(history: list[dict[str, Any]]) -> dict[str, tuple[dict[str, A
         if "dm/fake_error" not in found and len(errors) > 3 and min(errors[-3:]) > FAKE_ERROR:
             found["dm/fake_error"] = (
                 row,
-                f"dm/fake_error is {errors[-1]:.3g} at step {row.get('step')}: the fake score's error is far larger "
+                f"dm/fake_error is {errors[-1]:.3g} at step {step:.0f}: the fake score's error is far larger "
                 "than the direction that it is a part of, so that it does not keep pace with the student. Raise "
                 "`fake_updates` or `fake_learning_rate`, lower `learning_rate`, or take it out with "
                 "`dm_centering='group'`.",

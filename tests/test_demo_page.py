@@ -14,7 +14,7 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO_PROMPTS, MARKUP, make_trainer
+from conftest import DEMO_PROMPTS, MARKUP, make_trainer, save_style
 from diffusers import DiffusionPipeline, LCMScheduler
 from huggingface_hub import ModelCard
 from tiny_pipelines import CASES, make
@@ -94,6 +94,28 @@ def test_other_kinds_of_students(kind, tmp_path, monkeypatch):
     student, base = (pixels(app["draw"](who, "a bag", 0)[0]) for who in ("student", "base"))
     assert np.abs(student - base).max() > 0
     assert "upload it" in (tmp_path / "space" / "README.md").read_text()  # the base is a folder of this machine
+
+
+def test_a_teacher_with_a_style_draws_in_it(tmp_path, monkeypatch):
+    make(CASES["sd_epsilon"]).save_pretrained(tmp_path / "base")
+    style = save_style(tmp_path / "style")
+    trainer = make_trainer(tmp_path, pipeline=str(tmp_path / "base"), teacher_lora=str(style))
+    trainer.save_model()
+    app = load_app(page.export_space(tmp_path / "run", tmp_path / "space"), monkeypatch)
+    assert app["DEMO"]["teacher_lora"] == "teacher" and (tmp_path / "space" / "teacher").is_dir()
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "base", dtype=torch.float32)
+
+    def plain():
+        options = {**app["DEMO"]["teacher_arguments"], "num_inference_steps": 3}
+        image = pipe("a bag", generator=torch.Generator().manual_seed(0), **options).images[0]
+        return np.asarray(image.resize((256, 256), 1)).astype(float)
+
+    without = plain()
+    pipe.load_lora_weights(style)
+    for _ in range(2):
+        assert np.abs(np.asarray(app["draw"]("teacher", "a bag", 0)[0]) - plain()).max() <= 1
+        app["draw"]("student", "a bag", 0)
+    assert np.abs(plain() - without).max() > 1
 
 
 def test_what_cannot_be_shown(tmp_path, monkeypatch, capsys, finished_run):

@@ -66,6 +66,7 @@ def describe(checkpoint: Path, base: str | None = None) -> dict:
         "absent": [name for name, part in pipeline.components.items() if part is None and name not in optional],
         "denoiser": family.denoiser_name,
         "kind": "network" if not found else "lora" if isinstance(pipeline, LoraBaseMixin) else "peft",
+        "teacher_lora": settings.get("teacher_lora"),
         "scheduler": scheduler,
         "bf16": bool(settings.get("bf16")),
         "num_steps": settings["sample_num_steps"],
@@ -98,6 +99,9 @@ def export_space(checkpoint: str | Path, output_dir: str | Path, base: str | Non
             shutil.copy(checkpoint / name, student / name)
     for name in ("scheduler", *([demo["denoiser"]] if demo["kind"] == "network" else [])):
         shutil.copytree(checkpoint / name, student / name, dirs_exist_ok=True)
+    if demo["teacher_lora"] and Path(demo["teacher_lora"]).exists():
+        copy_lora(Path(demo["teacher_lora"]), output_dir / "teacher")
+        demo["teacher_lora"] = "teacher"
     on_hub = not Path(demo["base"]).exists()
     note = ""
     if demo["base"] == "rdm_trl.demo":
@@ -127,6 +131,14 @@ def export_space(checkpoint: str | Path, output_dir: str | Path, base: str | Non
     )
     ModelCard(f"---\n{header}\n---\n\n# {demo['title']}\n\n{text}").save(output_dir / "README.md")
     return output_dir
+
+
+def copy_lora(path: Path, folder: Path):
+    """The files of a LoRA that is a folder or one file."""
+    folder.mkdir(exist_ok=True)
+    found = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("adapter_config.json")]
+    for file in found:
+        shutil.copy(file, folder / (WEIGHTS[0] if path.is_file() else file.name))
 
 
 def is_demo_available() -> bool:

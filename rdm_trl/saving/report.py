@@ -26,7 +26,7 @@ REPORT_NEEDS = 'The report needs plotly: `pip install "rdm_trl[report]"`.'
 TEMPLATE = Path(__file__).with_name("report_template.html")
 # Of all pictures, as they stand in the page; plotly itself takes 5 MB, and 15 are allowed.
 PICTURE_BYTES = 8 * 2**20
-MOST_STEPS, MOST_POINTS, LARGEST = 24, 600, 256
+MOST_STEPS, MOST_POINTS, MOST_ON_PATH, LARGEST = 24, 600, 40, 256
 WHO = ("teacher", "base", "student")
 # What figures are called, and whether a higher one is better (None: near the teacher's).
 FIGURES = {
@@ -288,7 +288,7 @@ def trade_charts(runs: list[Run]) -> list[dict[str, Any]]:
             source = x_key
             for index, run in enumerate(runs):
                 rows = [row for row in run.history if row.get(x_key) is not None and row.get(y_key) is not None]
-                rows = rows[:: max(1, len(rows) // MOST_POINTS)]
+                rows = rows[::-1][:: max(1, len(rows) // MOST_ON_PATH)][::-1]
                 if rows:
                     path = {"run": index, "x": [r[x_key] for r in rows], "y": [r[y_key] for r in rows]}
                     paths.append({**path, "steps": [r["step"] for r in rows]})
@@ -318,7 +318,9 @@ def flat(row: Any) -> dict[str, float]:
 def show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "" if value is None else str(value)
+    if isinstance(value, list):
+        return ", ".join(map(show, value)) or "–"
+    return "–" if value is None else str(value)
 
 
 def figures_rows(runs: list[Run]) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
@@ -349,7 +351,7 @@ def figures_rows(runs: list[Run]) -> tuple[list[dict[str, str]], list[dict[str, 
                 "index": index,
                 "steps": show(steps),
                 "seconds": (format_seconds(seconds) + " fused" * fused) if seconds else "",
-                "cells": [show(row.get(key)) for key in keys],
+                "cells": [show(row[key]) if key in row else "" for key in keys],
             }
         )
     return head, table
@@ -481,7 +483,7 @@ def make_page(runs: list[Run]) -> str:
         TEMPLATE.read_text(encoding="utf-8")
     )
     return template.render(
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        title=" · ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
         runs=[
             {
                 "name": run.name,

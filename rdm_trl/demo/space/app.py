@@ -35,27 +35,33 @@ base_network = student_network = getattr(pipe, DEMO["denoiser"])
 if DEMO["kind"] == "network":
     student_network = type(base_network).from_pretrained(student, subfolder=DEMO["denoiser"], dtype=dtype).to(DEVICE)
 elif DEMO["kind"] == "peft":
-    PeftModel.from_pretrained(base_network, student, adapter_name="student")  # puts its layers into the network
+    model = PeftModel.from_pretrained(base_network, student, adapter_name="student")  # its layers are in the network
+    if DEMO["teacher_lora"]:
+        model.load_adapter(here(DEMO["teacher_lora"]), "teacher")
 else:
     pipe.load_lora_weights(student, adapter_name="student")
+    if DEMO["teacher_lora"]:
+        pipe.load_lora_weights(here(DEMO["teacher_lora"]), adapter_name="teacher")
 pipe.to(DEVICE)
 base_scheduler = pipe.scheduler
 student_scheduler = getattr(diffusers, DEMO["scheduler"]).from_pretrained(student, subfolder="scheduler")
 
 
-def set_strength(strength: float):
-    """Scales the student's LoRA; at 0 the network is the base itself."""
+def set_lora(name: str, strength: float):
+    """Uses one LoRA, scaled; at 0 the network is the base itself."""
     for module in base_network.modules():
         if isinstance(module, BaseTunerLayer):
             module.enable_adapters(strength != 0)
-            module.set_scale("student", strength)
+            if strength != 0:
+                module.set_adapter(name)
+                module.set_scale(name, strength)
 
 
 @torch.inference_mode()
 def draw(who: str, prompt: str, seed: int, strength: float = 1.0, num_steps: int = DEMO["num_steps"]):
     """An image, and the seconds that it took."""
     is_student, is_teacher = who == "student", who == "teacher"
-    set_strength(strength if is_student else 0.0)
+    set_lora(who, strength if is_student else float(is_teacher and bool(DEMO["teacher_lora"])))
     setattr(pipe, DEMO["denoiser"], student_network if is_student else base_network)
     scheduler = student_scheduler if is_student else base_scheduler
     pipe.scheduler = type(scheduler).from_config(scheduler.config)
