@@ -13,11 +13,13 @@ from tiny_pipelines import make_dit
 
 import rdm_trl.demo
 from rdm_trl.demo import CLASSES
+from rdm_trl.models.pipelines.class_conditional import DiTFamily
 
 
 pytest.importorskip("matplotlib").use("Agg")
 
 SMALL = "per_device_train_batch_size=8 fake_updates=1 teacher_num_steps=2 max_steps=2 use_cpu=true disable_tqdm=true"
+SMALL += " sample_guidance_scale=1.0"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +99,8 @@ def test_class_conditional_teachers_get_classes_and_are_judged_by_them(tmp_path,
         return ImagePipelineOutput(brightness[:, None, None, None].expand(-1, 3, 8, 8))
 
     monkeypatch.setattr(DiTPipeline, "__call__", draw)
+    monkeypatch.setattr(DiTFamily, "sample_latents", DiTFamily.sample)
+    monkeypatch.setattr(DiTFamily, "decode", lambda self, images: images)
     monkeypatch.setattr(rdm_trl.demo, "DemoClassifier", ReadsBrightness)
     command = f"compare --methods gndm --seeds 0 --num_images 20 --eval_steps 1 --teachers {tmp_path / 'dit'}".split()
     monkeypatch.setattr("sys.argv", [*command, "--output_dir", str(tmp_path), "--set", *SMALL.split(), "max_steps=1"])
