@@ -105,7 +105,7 @@ def test_the_main_job_is_this_repositorys_and_ends_in_time(script, tmp_path):
         "--log_images_steps",
         "0",
     ]
-    found = script.run_main_job(tmp_path, script.time.monotonic() + 300, "--use_cpu", "true", *options)
+    found = script.run_main_job(tmp_path, script.time.monotonic() + 300, "--use_cpu", "true", *options.split())
     assert found["seconds"] > found["training_seconds"] > 0 and found["fid"] > 0
     table = script.report([], found, "here")
     assert f"fid {found['fid']:.3f}" in table
