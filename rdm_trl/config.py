@@ -432,6 +432,8 @@ class RdmDistillConfig(TrainingArguments):
         for engine, given, flag in (
             ("FSDP", self.fsdp, "ACCELERATE_USE_FSDP"),
             ("DeepSpeed", self.deepspeed, "ACCELERATE_USE_DEEPSPEED"),
+            ("Megatron-LM", None, "ACCELERATE_USE_MEGATRON_LM"),
+            ("accelerate's model parallelism", self.parallelism_config, "ACCELERATE_USE_PARALLELISM_CONFIG"),
         ):
             if given or parse_flag_from_env(flag):
                 raise ValueError(
@@ -440,6 +442,7 @@ class RdmDistillConfig(TrainingArguments):
                     "says what to do where the base does not fit."
                 )
         super().__post_init__()
+        self._check_launcher()
         for name, choices in (
             ("dm_centering", ("group", "none")),
             ("dm_normalization", ("group", "sample", "batch", "none")),
@@ -550,7 +553,10 @@ class RdmDistillConfig(TrainingArguments):
         if self.dm_estimator == "policy_gradient" and self.num_iterations > 1:
             raise ValueError("`dm_estimator='policy_gradient'` is on-policy here: `num_iterations` must be 1.")
         if self.fp16:
-            raise ValueError("`fp16` is not supported: its gradients under- and overflow here. Use `bf16`.")
+            raise ValueError(
+                "`fp16`, here or as accelerate's `mixed_precision`, is not supported: its gradients under- and "
+                "overflow here. Use `bf16`."
+            )
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must stay off: rewards may read the data set's other columns.")
         if self.auto_find_batch_size:
@@ -561,6 +567,29 @@ class RdmDistillConfig(TrainingArguments):
                 "behind its update anyway, with a checkpoint."
             )
         check_output_dir(self.output_dir)
+
+    def _check_launcher(self):
+        """What `accelerate launch` or its configuration file says is refused, or is the option it stands for."""
+        if self.mixed_precision not in ("no", "bf16", "fp16"):  # fp16 is refused below, whoever asks for it
+            raise ValueError(
+                f"accelerate's `mixed_precision` is {self.mixed_precision!r}, but must be 'no' or 'bf16'."
+            )
+        self.bf16, self.fp16 = self.mixed_precision == "bf16", self.mixed_precision == "fp16"
+        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        if backend.lower() != "no" and not self.torch_compile:
+            raise ValueError(f"accelerate's `dynamo_backend` is {backend!r}: use `torch_compile`, for all roles.")
+        steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", self.gradient_accumulation_steps)
+        if str(steps) != str(self.gradient_accumulation_steps):
+            raise ValueError(
+                f"accelerate's `gradient_accumulation_steps` is {steps}, the config's "
+                f"{self.gradient_accumulation_steps}: say it in the config."
+            )
+        accelerator = self.accelerator_config
+        if (accelerator.gradient_accumulation_kwargs or {}).get("num_steps") is not None:
+            raise ValueError("`accelerator_config` has `num_steps`: use `gradient_accumulation_steps`.")
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(accelerator, name):
+                raise ValueError(f"`accelerator_config` has `{name}`, which would split the groups: leave it out.")
 
     def _check_types(self):
         """What a YAML file or a caller gives is not converted: `4.0` images, or text in place of a list."""

@@ -506,6 +506,41 @@ def test_bad_options(tmp_path, options, message):
         make_config(tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("MIXED_PRECISION", "fp16", "Use `bf16`"),
+        ("MIXED_PRECISION", "fp8", "'no' or 'bf16'"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "`torch_compile`"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "say it in the config"),
+        ("USE_MEGATRON_LM", "true", "Megatron-LM is not supported"),
+        ("USE_PARALLELISM_CONFIG", "true", "model parallelism is not supported"),
+        ("USE_FSDP", "true", "FSDP is not supported"),
+        ("USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
+    ],
+)
+def test_what_the_launcher_says_is_not_silent(tmp_path, monkeypatch, name, value, message):
+    """`accelerate launch` and its configuration file speak by these variables."""
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path)
+
+
+def test_the_launchers_bf16_is_the_option(tmp_path, monkeypatch):
+    assert not make_config(tmp_path).bf16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    config = make_config(tmp_path)
+    assert config.bf16 and config.to_dict()["bf16"] and config.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    "accelerator", [dict(split_batches=True), dict(gradient_accumulation_kwargs=dict(num_steps=2))]
+)
+def test_accelerators_own_options(tmp_path, accelerator):
+    with pytest.raises(ValueError, match="`accelerator_config` has"):
+        make_config(tmp_path, accelerator_config=accelerator)
+
+
 def test_unknown_option(tmp_path):
     with pytest.raises(TypeError, match="dm_normalisation"):
         make_config(tmp_path, dm_normalisation="group")
