@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import logging
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
@@ -92,6 +93,8 @@ def check_saved_lora(family: PipelineFamily, roles: Roles):
     with torch.device("meta"):
         bare = type(family.denoiser).from_config(family.denoiser.config)
     expected = {key: value.shape for key, value in roles.adapter_state("ema").items()}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # or each run begins with a warning that the text encoders have no LoRA
     try:
         with TemporaryDirectory() as folder:
             roles.save(family, Path(folder))
@@ -110,6 +113,8 @@ def check_saved_lora(family: PipelineFamily, roles: Roles):
         # As in `read_lora`: any type.
         said = " ".join(str(error).split())[:300]
         raise ValueError(f"`peft_config` makes a LoRA that plain diffusers does not load: {said}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def read_lora(family: PipelineFamily, path: str | Path, option: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
