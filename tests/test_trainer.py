@@ -9,9 +9,10 @@ from diffusers import DiffusionPipeline, LCMScheduler, VQDiffusionScheduler
 from peft import LoraConfig
 from tiny_pipelines import make_sd3
 from torch._dynamo.utils import counters
-from transformers import TrainerCallback, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTImageProcessor, ViTModel
 
 from rdm_trl import RdmDistillTrainer
+from rdm_trl.config import REFUSED
 from rdm_trl.method import policy
 from rdm_trl.method.diffusion import NoiseProcess
 
@@ -504,6 +505,22 @@ def test_ddpo_hook_and_prompt_function(tmp_path):
 def test_bad_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make_config(tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_of_transformers_without_a_meaning_here(tmp_path, name):
+    default = getattr(TrainingArguments("here"), name)
+    default = None if name == "fsdp_config" else default  # which it fills in
+    other = {bool: not default, float: 0.5, str: "all"}.get(type(default), 5)
+    with pytest.raises(ValueError, match=f"`{name}` is .*, but must be left out: "):
+        make_config(tmp_path, **{name: other})
+    make_config(tmp_path, **{name: default})
+
+
+def test_options_of_checkpointing(tmp_path):
+    with pytest.raises(ValueError, match="not reentrant"):
+        make_config(tmp_path, activation_checkpointing_kwargs={"use_reentrant": True})
+    make_config(tmp_path, activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 @pytest.mark.parametrize(
