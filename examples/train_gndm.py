@@ -46,8 +46,10 @@ class ScriptArguments:
         load_in_4bit (`bool`, *optional*, defaults to `False`):
             Hold the frozen denoiser in 4 bits (bitsandbytes, NF4); needs a GPU.
         dataset_name (`str`, *optional*):
-            Hub id of a data set with a `prompt` column, or a file: txt (a prompt a line), json, jsonl, csv, parquet.
-            The embedded pipeline brings its own.
+            Hub id of a data set with a `prompt` column, or a file: txt (a prompt a line), json, jsonl, csv, tsv,
+            parquet. The embedded pipeline brings its own.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of the prompts, where it has another name.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split of the data set.
         prompts (`list[str]`, *optional*):
@@ -74,6 +76,7 @@ class ScriptArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set with a `prompt` column, or a txt, json, csv or parquet file."}
     )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the data set's prompts."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of the data set."})
     prompts: list[str] | None = field(default=None, metadata={"help": "The prompts themselves."})
     teacher_lora: str | None = field(
@@ -112,7 +115,7 @@ def main(argv: list[str]):
             raise ValueError("`prompts` must be texts: in YAML one with a colon stands in quotes.")
         dataset = Dataset.from_dict({"prompt": script_args.prompts})
     elif script_args.dataset_name is not None:
-        dataset = load_prompts(script_args.dataset_name, script_args.dataset_train_split)
+        dataset = load_prompts(script_args.dataset_name, script_args.dataset_train_split, script_args.prompt_column)
     peft_config, rank = None, script_args.lora_r or 32
     if script_args.full_finetuning:
         if script_args.lora_r or script_args.lora_alpha or script_args.lora_target_modules:

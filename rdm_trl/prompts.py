@@ -135,20 +135,42 @@ def prompt_caches(family, config, base_model: str) -> tuple[PromptCache, PromptC
     )
 
 
-def load_prompts(name: str, split: str = "train") -> Dataset:
+def load_prompts(name: str, split: str = "train", column: str = "prompt") -> Dataset:
     """
     Args:
-        name (`str`): Hub id of a data set, or a file: `.txt`, a prompt a line, `.json`, `.jsonl`, `.csv`, `.parquet`.
+        name (`str`):
+            Hub id of a data set, or a file: `.txt`, a prompt a line, `.json`, `.jsonl`, `.csv` (with commas,
+            semicolons or tabs), `.tsv`, `.parquet`.
         split (`str`): of a data set on the Hub.
+        column (`str`): the prompts' column, which is named `prompt` in what is returned.
+
+    Raises:
+        ValueError: there is no such column, or a file of another kind.
     """
-    if not Path(name).is_file():
-        return load_dataset(name, split=split)
+    dataset = load_file_of_prompts(name) if Path(name).is_file() else load_dataset(name, split=split)
+    if column == "prompt":
+        return dataset
+    if column not in dataset.column_names:
+        raise ValueError(f"{name} has no column {column!r}; it has {', '.join(dataset.column_names)}.")
+    if "prompt" in dataset.column_names:
+        dataset = dataset.remove_columns("prompt")
+    return dataset.rename_column(column, "prompt")
+
+
+def load_file_of_prompts(name: str) -> Dataset:
+    """As `load_prompts`, of a file."""
     kind = Path(name).suffix[1:].lower()
     if kind == "txt":
-        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines()]
         return Dataset.from_dict({"prompt": [line for line in lines if line]})
-    if kind not in ("json", "jsonl", "csv", "parquet"):
-        raise ValueError(f"{name} is no file of prompts: .txt, .json, .jsonl, .csv or .parquet.")
+    if kind in ("csv", "tsv"):
+        with open(name, encoding="utf-8-sig") as file:  # spreadsheets begin with a byte-order mark
+            header = file.readline()
+        # By the names of the columns alone: prompts have commas and semicolons of their own.
+        separator = "\t" if kind == "tsv" else max(",;\t", key=header.count)
+        return load_dataset("csv", data_files=name, split="train", sep=separator, encoding="utf-8-sig")
+    if kind not in ("json", "jsonl", "parquet"):
+        raise ValueError(f"{name} is no file of prompts: .txt, .json, .jsonl, .csv, .tsv or .parquet.")
     return load_dataset("json" if kind == "jsonl" else kind, data_files=name, split="train")
 
 
@@ -202,10 +224,15 @@ def check_prompts(dataset: Dataset | None, name: str) -> Dataset:
         )
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"`{name}` is a {type(dataset).__name__}, but must be a `datasets.Dataset`: one split, not streamed."
+            f"`{name}` is a {type(dataset).__name__}, but must be a `datasets.Dataset`: one split, not streamed. "
+            "All processes, and a resumed run, draw the same order of it, for which its length must be known: "
+            "`Dataset.from_list(list(streamed.take(100_000)))` makes one."
         )
     if "prompt" not in dataset.column_names:
-        raise ValueError(f"`{name}` needs a `prompt` column; it has {', '.join(dataset.column_names) or 'none'}.")
+        raise ValueError(
+            f"`{name}` needs a `prompt` column; it has {', '.join(dataset.column_names) or 'none'}."
+            " Rename one, or name it by `--prompt_column`."
+        )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")
     for i, prompt in enumerate(dataset["prompt"]):

@@ -1,11 +1,13 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+import csv
+
 import pytest
 import torch
 from conftest import PROMPTS as TRAINED
 from conftest import make_tiny_pipeline, make_trainer
 from datasets import Dataset
 
-from rdm_trl.prompts import PromptCache, load_prompts
+from rdm_trl.prompts import PromptCache, check_prompts, load_prompts
 
 
 PROMPTS = ["a coat, red", 'a "bag"', "un manteau doré"]
@@ -25,6 +27,39 @@ def test_files_with_columns(tmp_path, kind):
 def test_a_prompt_a_line(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join([*PROMPTS, "", "  "]), encoding="utf-8")
     assert load_prompts(str(tmp_path / "p.txt"))["prompt"][:] == PROMPTS
+
+
+@pytest.mark.parametrize(
+    "name, separator", [("p.csv", ","), ("p.csv", ";"), ("p.csv", "\t"), ("p.tsv", "\t"), ("p.tsv", None)]
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_what_spreadsheets_save(tmp_path, name, separator, encoding):
+    """Against Python's own csv writer; `None`: the prompts' column alone."""
+    with open(tmp_path / name, "w", encoding=encoding, newline="") as file:
+        writer = csv.writer(file, delimiter=separator or "\t")
+        writer.writerow(["caption", "colour"][: 2 if separator else 1])
+        writer.writerows([p, "r"][: 2 if separator else 1] for p in PROMPTS)
+    loaded = load_prompts(str(tmp_path / name), column="caption")
+    assert loaded["prompt"][:] == PROMPTS and loaded.column_names == ["prompt", "colour"][: 2 if separator else 1]
+    with pytest.raises(ValueError, match="no column 'text'; it has caption"):
+        load_prompts(str(tmp_path / name), column="text")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS), encoding="utf-8-sig")
+    assert load_prompts(str(tmp_path / "p.txt"))["prompt"][:] == PROMPTS
+
+
+def test_another_column_takes_the_place_of_prompts(tmp_path):
+    file = str(tmp_path / "p.json")
+    Dataset.from_dict({"prompt": ["x"] * 3, "text": PROMPTS}).to_json(file)
+    assert load_prompts(file, column="text")["prompt"][:] == PROMPTS
+
+
+def test_streamed_prompts_are_refused_with_the_reason(tmp_path):
+    dataset = Dataset.from_dict({"prompt": TRAINED}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="not streamed.*length must be known"):
+        check_prompts(dataset, "train_dataset")
 
 
 def test_what_is_no_file_of_prompts(tmp_path):

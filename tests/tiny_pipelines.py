@@ -416,7 +416,16 @@ def pack_flux2(noise):
     return Flux2KleinPipeline._pack_latents(noise.view(batch, 4 * channels, height // 2, width // 2))
 
 
+def with_embedded_guidance(make_pipeline):
+    """As the LCM family: the UNet takes the guidance scale as an input."""
+    pipeline = make_pipeline()
+    pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, time_cond_proj_dim=8).eval()
+    return pipeline
+
+
 CASES = {
+    "sd_embedded_guidance": Case(lambda: with_embedded_guidance(make_tiny_pipeline), guided_flux, negative=("",)),
+    "sdxl_embedded_guidance": Case(lambda: with_embedded_guidance(make_sdxl), guided_flux, negative=("",)),
     "sd_epsilon": Case(make_tiny_pipeline),
     "sd_v": Case(lambda: make_tiny_pipeline("v_prediction")),
     "sdxl": Case(make_sdxl, guided_sdxl),

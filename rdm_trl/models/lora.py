@@ -1,12 +1,15 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """LoRAs that a run begins with: the teacher's own, and the one that the student continues."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
-from peft import LoraConfig, PeftConfig
+from diffusers.utils import logging
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 
@@ -28,7 +31,8 @@ def make_roles(
 
     Raises:
         ValueError: one of the LoRAs is not for this pipeline, `peft_config` stands beside `student_lora`, the pipeline
-            has a LoRA or a student already, or whole copies of a quantized denoiser are asked for.
+            has a LoRA or a student already, whole copies of a quantized denoiser are asked for, or plain diffusers
+            would not load what this `peft_config` saves.
         TypeError: `peft_config` is another kind of adapter.
     """
     if peft_config is not False and not isinstance(peft_config, LoraConfig | None):
@@ -59,7 +63,58 @@ def make_roles(
         peft_config = LoraConfig(r=32, lora_alpha=32, init_lora_weights="gaussian")
     if peft_config.target_modules is None:
         peft_config = replace(peft_config, target_modules=family.lora_target_modules)
-    return Roles(family.denoiser, peft_config, teacher, student, target)
+    check_lora_config(peft_config)
+    roles = Roles(family.denoiser, peft_config, teacher, student, target)
+    check_saved_lora(family, roles)
+    return roles
+
+
+def check_lora_config(config: LoraConfig):
+    """Raises `ValueError` for what cannot be a role of one shared base, or cannot be saved as a LoRA of diffusers."""
+    for name in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"):
+        if getattr(config, name, None):  # older versions of peft have fewer of them
+            raise ValueError(f"`peft_config` has `{name}`, which is no LoRA that diffusers loads: leave it out.")
+    if config.bias != "none":
+        raise ValueError(f"`peft_config` has `bias={config.bias!r}`: all roles share the base's biases. Use 'none'.")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"`peft_config` has `init_lora_weights={config.init_lora_weights!r}`, which begins with other weights of "
+            "the base or needs data: the base is the teacher here. Use 'gaussian'."
+        )
+
+
+def check_saved_lora(family: PipelineFamily, roles: Roles):
+    """
+    Saves the student before its first update, and loads the folder as a user will, into a denoiser without weights.
+
+    Raises:
+        ValueError: it does not load, or not as what was saved; the message names `peft_config`.
+    """
+    with torch.device("meta"):
+        bare = type(family.denoiser).from_config(family.denoiser.config)
+    expected = {key: value.shape for key, value in roles.adapter_state("ema").items()}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # or each run begins with a warning that the text encoders have no LoRA
+    try:
+        with TemporaryDirectory() as folder:
+            roles.save(family, Path(folder))
+            if isinstance(family.pipeline, LoraBaseMixin):
+                pipeline = copy.copy(family.pipeline)
+                setattr(pipeline, family.denoiser_name, bare)
+                pipeline.load_lora_weights(folder, adapter_name="default")
+            else:
+                PeftModel.from_pretrained(bare, folder, low_cpu_mem_usage=True)
+        found = {key: value.shape for key, value in adapter_state(bare, "default").items()}
+        scales = {m.scaling["default"] for m in bare.modules() if isinstance(m, BaseTunerLayer)}
+        if found != expected or scales != {1.0}:
+            differing = sorted(key for key in {**found, **expected} if found.get(key) != expected.get(key))
+            raise ValueError(f"it is read as another one, at {', '.join(differing[:3]) or 'its alphas'}")
+    except Exception as error:
+        # As in `read_lora`: any type.
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"`peft_config` makes a LoRA that plain diffusers does not load: {said}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def read_lora(family: PipelineFamily, path: str | Path, option: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:

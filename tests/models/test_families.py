@@ -12,8 +12,10 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchLCMScheduler,
 )
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from peft import LoraConfig
 from tiny_pipelines import CASES, make, make_dit, make_family_trainer, make_flux, make_sd3, rollout_of, run_card
+from transformers import BatchFeature
 
 from rdm_trl.method.diffusion import NoiseProcess, make_student_scheduler
 from rdm_trl.models.pipelines import family_of
@@ -339,3 +341,60 @@ def test_rewards_can_differentiate_images(name):
     images.mean().backward()
     assert latents.grad.isfinite().all() and latents.grad.abs().sum() > 0
     assert images.min() >= 0 and images.max() <= 1 and len(family.to_pil(images.detach())) == 2
+
+
+def test_conditions_that_no_prompt_gives_are_refused():
+    for name, options in (
+        ("class_embed_type", dict(class_embed_type="timestep")),
+        ("num_class_embeds", dict(num_class_embeds=3)),
+        ("addition_embed_type", dict(addition_embed_type="text_time")),
+        ("encoder_hid_dim_type", dict(encoder_hid_dim_type="ip_image_proj")),
+    ):
+        pipeline = make(CASES["sd_epsilon"])
+        pipeline.unet.register_to_config(**options)
+        with pytest.raises(ValueError, match=name):
+            family_of(pipeline)
+    pipeline = make(CASES["qwen_image"])
+    pipeline.transformer.register_to_config(guidance_embeds=True)
+    with pytest.raises(ValueError, match="guidance_embeds"):
+        family_of(pipeline)
+
+
+def test_an_ip_adapter_is_refused():
+    pipeline = make(CASES["sd_epsilon"])
+    processors = {
+        name: IPAdapterAttnProcessor2_0(hidden_size=16, cross_attention_dim=16) if "attn2" in name else processor
+        for name, processor in pipeline.unet.attn_processors.items()
+    }
+    pipeline.unet.set_attn_processor(processors)
+    with pytest.raises(ValueError, match="IP-Adapter"):
+        family_of(pipeline)
+
+
+class FlagsAll(torch.nn.Module):
+    """As diffusers' safety checker, with every image flagged."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def forward(self, images, clip_input):
+        return torch.zeros_like(images), [True] * len(images)
+
+
+def test_the_safety_checker_blackens_nothing_that_is_judged(tmp_path, caplog):
+    case = CASES["sd_epsilon"]
+    pipeline, plain = make(case), make(case)
+    pipeline.safety_checker = checker = FlagsAll()
+    pipeline.feature_extractor = lambda images, return_tensors: BatchFeature({"pixel_values": torch.zeros(2, 1)})
+    trainer = make_family_trainer(case, tmp_path, pipeline)
+    assert caplog.text.count("safety checker is off") <= 1
+    found = trainer.sample("teacher", list(case.prompts))
+    expected = plain(
+        **case.guided(list(case.prompts), 1.75, ""),
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(42),
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert pipeline.safety_checker is checker
+    blackened = pipeline(list(case.prompts), num_inference_steps=1, output_type="pt").images
+    assert blackened.abs().max() == 0  # the user's own calls are as they were

@@ -145,3 +145,44 @@ def test_what_is_no_lora_for_the_pipeline(tmp_path):
         make_trainer(tmp_path, student_lora=style, peft_config=LoraConfig(r=2))
     with pytest.raises(ValueError, match="give it as `teacher_lora`"):
         make_trainer(tmp_path, pipeline=plain(style))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(modules_to_save=["conv_in"]), "modules_to_save"),
+        (dict(bias="lora_only"), "bias"),
+        (dict(bias="all"), "bias"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights"),
+        (dict(target_parameters=["conv_in.weight"]), "target_parameters"),
+    ],
+)
+def test_what_diffusers_would_not_load_is_refused_before_training(tmp_path, options, message):
+    pipeline = make_tiny_pipeline()
+    before = denoise(pipeline.unet)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, pipeline=pipeline, peft_config=LoraConfig(r=2, **options))
+    assert torch.equal(denoise(pipeline.unet), before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(use_dora=True),
+        dict(use_rslora=True),
+        dict(lora_alpha=7, rank_pattern={"to_q": 3}, alpha_pattern={"to_k": 1}),
+        dict(lora_bias=True),
+        dict(target_modules="all-linear"),
+        dict(target_modules=r".*attn1\.to_(q|k)$"),
+        dict(target_modules=["conv_in", "time_embedding.linear_1"]),
+        dict(exclude_modules=["to_q"], init_lora_weights=False),
+        dict(layers_to_transform=[0], layers_pattern="down_blocks"),
+    ],
+)
+def test_every_accepted_config_loads_in_plain_diffusers(tmp_path, options):
+    trainer = make_trainer(tmp_path, peft_config=LoraConfig(**{"r": 2, **options}), learning_rate=0.02)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    expected = roles_output(trainer, "ema")
+    torch.testing.assert_close(denoise(plain(tmp_path / "saved").unet), expected, atol=1e-5, rtol=1e-4)

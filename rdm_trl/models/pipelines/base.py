@@ -16,9 +16,12 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers.utils import logging
 
 from ...method.diffusion import make_student_scheduler
 
+
+logger = logging.get_logger(__name__)
 
 ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 FEED_FORWARD_LAYERS = ["ff.net.0.proj", "ff.net.2"]
@@ -40,13 +43,15 @@ class PipelineFamily:
         student_guidance_scale (`float`): `guidance_scale` of the student's plain pipeline call.
 
     Raises:
-        ValueError: a size that the pipeline cannot draw, or a component is missing.
+        ValueError: a size that the pipeline cannot draw, a component is missing, or the denoiser is conditioned on
+            something that no prompt gives (an IP-Adapter's image).
     """
 
     pipeline_class: type[DiffusionPipeline]
     denoiser_name = "transformer"
     lora_target_modules = [*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS]
     student_guidance_scale = 1.0
+    embeds_guidance = False  # whether the network takes a guidance scale as an input, and the family gives it
     takes_timesteps = False  # whether the pipeline's call has `timesteps`
     pipeline_tag = "text-to-image"
     card_class = "DiffusionPipeline"  # the class whose `from_pretrained` the model card calls
@@ -59,11 +64,17 @@ class PipelineFamily:
             raise ValueError(f"The pipeline has no {', '.join(missing)}: load it with all of its components.")
         self.pipeline = pipeline
         self.denoiser = pipeline.components[self.denoiser_name]
+        self.check_conditions()
         self.dtype = self.denoiser.dtype  # asked once: diffusers looks through all layers for it
         for module in pipeline.components.values():
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
+        if pipeline.components.get("safety_checker") is not None:
+            logger.warning(
+                "The pipeline's safety checker is off while this run draws: samples, figures and rewards are of what "
+                "the model draws, not of images that were blackened. The pipeline keeps it for calls of your own."
+            )
         own_height, own_width = self.own_size()
         self.height, self.width = height or own_height, width or own_width
         # Named in every call of the pipeline, where they are not what it would do by itself.
@@ -74,6 +85,17 @@ class PipelineFamily:
         self.student_scheduler = None
         self.student_grid = {}
         self.offloads_encoders = False
+
+    def check_conditions(self):
+        """Raises `ValueError` for a denoiser that asks for more than the family gives it."""
+        config, name = self.denoiser.config, type(self.pipeline).__name__
+        if any("IPAdapter" in type(getattr(m, "processor", None)).__name__ for m in self.denoiser.modules()):
+            raise ValueError(
+                f"The {name} has an IP-Adapter, whose images the student would never see: "
+                "`pipeline.unload_ip_adapter()` first."
+            )
+        if config.get("guidance_embeds") and not self.embeds_guidance:
+            raise ValueError(f"The {self.denoiser_name} has `guidance_embeds`, which is not supported for {name}.")
 
     # --------------------------------------------------------------------------------------------------------- devices
 
@@ -262,8 +284,10 @@ class PipelineFamily:
         arguments = self.call_arguments(prompts, guidance_scale, negative_prompt)
         if scheduler is self.student_scheduler:
             arguments |= self.student_grid
-        base_scheduler = self.pipeline.scheduler
+        base_scheduler, checker = self.pipeline.scheduler, self.pipeline.components.get("safety_checker")
         self.pipeline.scheduler = type(scheduler).from_config(scheduler.config)
+        if checker is not None:  # a black image says nothing of what the model draws
+            self.pipeline.safety_checker = None
         device = self.denoiser.device
         try:
             # Many pipelines do not hand their generator on to the scheduler, whose noise then is torch's.
@@ -275,6 +299,8 @@ class PipelineFamily:
                 ).images
         finally:
             self.pipeline.scheduler = base_scheduler
+            if checker is not None:
+                self.pipeline.safety_checker = checker
         return images.float()
 
     def sample_latents(self, *arguments) -> torch.Tensor:

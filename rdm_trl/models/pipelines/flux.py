@@ -27,6 +27,7 @@ class FluxFamily(PipelineFamily):
         "ff_context.net.2",
         "proj_mlp",
     ]
+    embeds_guidance = True
     student_guidance_scale = 3.5  # the default of the pipeline's call
 
     def __init__(self, pipeline, height=None, width=None):

@@ -1,10 +1,12 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """Stable Diffusion 1.x and 2.x, the embedded teacher, and Stable Diffusion XL."""
 
+import inspect
+
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from .base import ATTENTION_LAYERS, FEED_FORWARD_LAYERS, PipelineFamily
+from .base import ATTENTION_LAYERS, FEED_FORWARD_LAYERS, PipelineFamily, refuse_negative_prompts
 
 
 # Those of LCM-LoRA.
@@ -23,6 +25,13 @@ UNET_LAYERS = [
 
 
 class StableDiffusionFamily(PipelineFamily):
+    """
+    Conditions: `prompt_embeds` (B, L, D) and, for a UNet with an embedded guidance scale (`time_cond_proj_dim`, the
+    LCM family), `timestep_cond` (B, D'): of the teacher's scale for the teacher, and of the default of the pipeline's
+    call for student and fake score. Such a pipeline has no other guidance.
+    """
+
+    addition_embed_types = (None, "text")
     pipeline_class = StableDiffusionPipeline
     denoiser_name = "unet"
     lora_target_modules = UNET_LAYERS
@@ -36,6 +45,42 @@ class StableDiffusionFamily(PipelineFamily):
                 f"The pipeline's denoiser maps {taken} channels to {given}, its VAE has "
                 f"{pipeline.vae.config.latent_channels}: inpainting and editing models are not supported."
             )
+        self.embeds_guidance = self.denoiser.config.time_cond_proj_dim is not None
+        if self.embeds_guidance:
+            self.student_guidance_scale = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
+            self.card_note = (
+                "\nThe student knows no other `guidance_scale`: the base model takes it as an input, and the student "
+                "was trained with this one.\n"
+            )
+
+    def check_conditions(self):
+        super().check_conditions()
+        config = self.denoiser.config
+        for name, taken in (
+            ("class_embed_type", (None,)),
+            ("num_class_embeds", (None,)),
+            ("addition_embed_type", self.addition_embed_types),
+            ("encoder_hid_dim_type", (None, "text_proj")),
+        ):
+            if config[name] not in taken:
+                raise ValueError(
+                    f"The UNet has `{name}={config[name]!r}`, a condition that {type(self.pipeline).__name__} is not "
+                    "distilled with."
+                )
+
+    def embed_guidance(self, guidance_scale: float, number: int) -> dict[str, torch.Tensor]:
+        """`timestep_cond` (number, D) as the pipeline computes it; nothing where the UNet has none."""
+        if not self.embeds_guidance:
+            return {}
+        scales = torch.tensor(guidance_scale - 1).repeat(number)
+        size = self.denoiser.config.time_cond_proj_dim
+        embedding = self.pipeline.get_guidance_scale_embedding(scales, embedding_dim=size)
+        return {"timestep_cond": embedding.to(self.denoiser.device, self.dtype)}
+
+    def guide(self, denoise, x_t, timesteps, condition, negative, guidance_scale):
+        if self.embeds_guidance:
+            return denoise(x_t, timesteps, {**condition, **self.embed_guidance(guidance_scale, len(x_t))})
+        return super().guide(denoise, x_t, timesteps, condition, negative, guidance_scale)
 
     def own_size(self):
         size, factor = self.denoiser.config.sample_size, self.pipeline.vae_scale_factor
@@ -54,16 +99,26 @@ class StableDiffusionFamily(PipelineFamily):
         embeds, _ = self.pipeline.encode_prompt(
             prompts, self.pipeline._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        return {"prompt_embeds": embeds}
+        return {"prompt_embeds": embeds, **self.embed_guidance(self.student_guidance_scale, len(prompts))}
+
+    def encode_negative_prompts(self, prompts):
+        if self.embeds_guidance:
+            refuse_negative_prompts(self, prompts)
+        return self.encode_prompts(prompts)
 
     def denoise(self, denoiser, x_t, timesteps, condition):
-        x_t = x_t.to(self.dtype)
-        return denoiser(x_t, timesteps, encoder_hidden_states=condition["prompt_embeds"])
+        return denoiser(
+            x_t.to(self.dtype),
+            timesteps,
+            timestep_cond=condition.get("timestep_cond"),
+            encoder_hidden_states=condition["prompt_embeds"],
+        )
 
 
 class StableDiffusionXLFamily(StableDiffusionFamily):
-    """Conditions: `prompt_embeds` (B, L, D), `pooled_prompt_embeds` (B, D') and `time_ids` (B, 6)."""
+    """Conditions: as above, and `pooled_prompt_embeds` (B, D') and `time_ids` (B, 6)."""
 
+    addition_embed_types = ("text_time",)
     pipeline_class = StableDiffusionXLPipeline
 
     def own_size(self):
@@ -84,10 +139,17 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
     @torch.no_grad()
     def encode_prompts(self, prompts):
         embeds, _, pooled, _ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
-        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "time_ids": self.time_ids(embeds, pooled)}
+        return {
+            "prompt_embeds": embeds,
+            "pooled_prompt_embeds": pooled,
+            "time_ids": self.time_ids(embeds, pooled),
+            **self.embed_guidance(self.student_guidance_scale, len(prompts)),
+        }
 
     @torch.no_grad()
     def encode_negative_prompts(self, prompts):
+        if self.embeds_guidance:
+            return super().encode_negative_prompts(prompts)
         # Without a negative prompt the pipeline may guide away from zeros (`force_zeros_for_empty_prompt`).
         _, embeds, _, pooled = self.pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=True, negative_prompt=prompts if any(prompts) else None
@@ -104,6 +166,7 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
         return denoiser(
             x_t.to(self.dtype),
             timesteps,
+            timestep_cond=condition.get("timestep_cond"),
             encoder_hidden_states=condition["prompt_embeds"],
             added_cond_kwargs={"text_embeds": condition["pooled_prompt_embeds"], "time_ids": condition["time_ids"]},
         )
