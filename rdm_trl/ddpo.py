@@ -13,9 +13,7 @@ from .prompts import split_rows
 
 def of_one(names: list[str], rewards: torch.Tensor, metadata: dict[str, Any]) -> tuple[torch.Tensor, Any]:
     """Rewards (B, M) and metadata by name as they are, or for one reward function, as in DDPO, (B,) and its own."""
-    if len(names) > 1:
-        return rewards, metadata
-    return rewards.sum(1), metadata.get(names[0], {}) if names else {}
+    return (rewards[:, 0], metadata.get(names[0], {})) if len(names) == 1 else (rewards, metadata)
 
 
 def compute_rewards(trainer, pairs: list, is_async: bool) -> Iterator[tuple]:

@@ -439,6 +439,16 @@ def test_a_subclass_for_ddpo_changes_what_training_and_evaluation_see(tmp_path, 
     assert figures[1]["eval_teacher_scored"] == pytest.approx(-10 * figures[0]["eval_teacher_scored"], rel=1e-4)
 
 
+def test_no_rewards_are_no_columns(tmp_path):
+    shown = []
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.image_samples_callback = lambda data, *_: shown.append(data[-1])
+    trainer.train()
+    assert shown[0][3].shape == (8, 0)
+    trainer.evaluate()
+    assert trainer.metrics["student"]["rewards"] == {}
+
+
 def test_a_subclass_for_ddpo_with_too_few_rewards(tmp_path, monkeypatch):
     monkeypatch.setattr("conftest.RdmDistillTrainer", FromDDPO)
     trainer = make_trainer(tmp_path, [redness])
