@@ -521,8 +521,8 @@ class RdmDistillConfig(TrainingArguments):
             ("fake_warmup_steps", 0),
             ("dm_weight", 0),
             ("reward_warmup", 0),
+            ("teacher_guidance_scale", 1),  # before what may stand for it
             ("sample_guidance_scale", 1),
-            ("teacher_guidance_scale", 1),
             ("num_teacher_images", 0),
             ("target_updates", 1),
         ):

@@ -198,9 +198,12 @@ def finished_run(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """A real browser without a window; a test that needs one is skipped where none is installed."""
+    """
+    A real browser without a window; a test that needs one is skipped where none is installed. Playwright's event loop
+    runs until its end: tests of other modules may need one of their own.
+    """
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
     with playwright.sync_playwright() as driver:
         system = shutil.which("chromium") or shutil.which("google-chrome")

@@ -93,18 +93,7 @@ def test_the_clock_ends_it(script, tmp_path, monkeypatch):
 
 
 def test_the_main_job_is_this_repositorys_and_ends_in_time(script, tmp_path):
-    options = [
-        "--num_teacher_images",
-        "0",
-        "--max_steps",
-        "1",
-        "--num_eval_images",
-        "8",
-        "--teacher_num_steps",
-        "2",
-        "--log_images_steps",
-        "0",
-    ]
+    options = "--num_teacher_images 0 --max_steps 1 --num_eval_images 8 --teacher_num_steps 2 --log_images_steps 0"
     found = script.run_main_job(tmp_path, script.time.monotonic() + 300, "--use_cpu", "true", *options.split())
     assert found["seconds"] > found["training_seconds"] > 0 and found["fid"] > 0
     table = script.report([], found, "here")

@@ -195,7 +195,7 @@ def test_a_warning_where_the_fake_score_is_left_behind(monkeypatch):
     monkeypatch.setattr(callbacks.logger, "warning", warnings.append)
     callback, state = callbacks.DriftWarningCallback(), TrainerState(global_step=40)
     for error in (50.0, 20.0, 20.0, 9.0, 11.0, 30.0, 300.0, 300.0):  # the first is of next to no direction
-        logs = {"dm/fake_error": error}
+        logs = {"dm/fake_error": error, "step": 40}
         state.log_history.append(logs)
         callback.on_log(None, state, None, logs)
     assert len(warnings) == 1 and warnings[0].startswith("dm/fake_error is 300 at step 40")

@@ -2,6 +2,7 @@
 """What holds for every input: shapes, group arithmetic, parameterisations, schedules; and inputs of any kind."""
 
 import contextlib
+import io
 import math
 import string
 
@@ -283,7 +284,7 @@ def test_a_config_file_is_read_or_refused(tmp_path_factory, options):
     parser = make_parser(RdmDistillConfig)
     arguments = ["--config", str(folder / "config.yaml"), "--output_dir", str(folder / "run"), "--use_cpu", "True"]
     try:
-        with contextlib.redirect_stderr(None):
+        with contextlib.redirect_stderr(io.StringIO()):
             (config,) = parser.parse_args_and_config(arguments)
     except SystemExit as error:
         assert error.code == 2
