@@ -2,16 +2,16 @@
 
 import math
 import os
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ._trl import get_callable_name
+from .inherited import check_inherited, check_launcher
 
 
 # Options of `TrainingArguments` that are checked as ours are: it takes any value for them.
@@ -22,35 +22,6 @@ INHERITED = {
     "max_grad_norm": float,
     "weight_decay": float,
     "bf16": bool,
-}
-# Options of `TrainingArguments` that would be without effect here, or fail: any value but the default is refused.
-REFUSED = {
-    "num_train_epochs": "a run is counted in updates; use `max_steps`",
-    "neftune_noise_alpha": "the student has no embeddings of tokens",
-    "label_smoothing_factor": "there are no labels",
-    "label_names": "there are no labels",
-    "include_num_input_tokens_seen": "there are no tokens to count",
-    "average_tokens_across_devices": "there are no tokens to count",
-    "use_liger_kernel": "its kernels are those of language models",
-    "liger_kernel_config": "its kernels are those of language models",
-    "use_cache": "a denoiser has no cache",
-    "optim_target_modules": "only adapters are trained; choose their layers by `peft_config`",
-    "bf16_full_eval": "evaluation draws in the precision of training; use `bf16`",
-    "fp16_full_eval": "evaluation draws in the precision of training; use `bf16`",
-    "prediction_loss_only": "evaluation has no loss: it draws and measures images",
-    "eval_do_concat_batches": "evaluation draws and measures images",
-    "eval_use_gather_object": "evaluation draws and measures images, on one process",
-    "eval_accumulation_steps": "evaluation draws and measures images",
-    "include_for_metrics": "evaluation draws and measures images",
-    "batch_eval_metrics": "evaluation draws and measures images",
-    "load_best_model_at_end": "what is saved at the end is the average of the weights",
-    "data_seed": "the order of the prompts is `seed`'s",
-    "train_sampling_strategy": "prompts are drawn in groups, in an order of our own",
-    "length_column_name": "prompts are drawn in groups, in an order of our own",
-    "dataloader_drop_last": "batches are always complete",
-    "fsdp_config": "FSDP is not supported; docs/scaling.md says why",
-    "do_train": "it is for scripts, and ours trains",
-    "do_predict": "it is for scripts, and ours does not read it",
 }
 # Of the teacher's images, and their number, where guidance is absorbed: by default.
 TEACHER_GUIDANCE_SCALE = 1.75
@@ -458,21 +429,9 @@ class RdmDistillConfig(TrainingArguments):
 
     def __post_init__(self):
         self._check_types()
-        self._check_inherited()
-        for engine, given, flag in (
-            ("FSDP", self.fsdp, "ACCELERATE_USE_FSDP"),
-            ("DeepSpeed", self.deepspeed, "ACCELERATE_USE_DEEPSPEED"),
-            ("Megatron-LM", None, "ACCELERATE_USE_MEGATRON_LM"),
-            ("accelerate's model parallelism", self.parallelism_config, "ACCELERATE_USE_PARALLELISM_CONFIG"),
-        ):
-            if given or parse_flag_from_env(flag):
-                raise ValueError(
-                    f"{engine} is not supported: the fake score is trained beside the wrapped student, where its "
-                    "weights would stay in shards. Use DDP (`accelerate launch --num_processes N`); docs/scaling.md "
-                    "says what to do where the base does not fit."
-                )
+        check_inherited(self)
         super().__post_init__()
-        self._check_launcher()
+        check_launcher(self)
         for name, choices in (
             ("dm_centering", ("group", "none")),
             ("dm_normalization", ("group", "sample", "batch", "none")),
@@ -582,55 +541,7 @@ class RdmDistillConfig(TrainingArguments):
             raise ValueError(f"`ema_decay` is {self.ema_decay}, but must be in [0, 1).")
         if self.dm_estimator == "policy_gradient" and self.num_iterations > 1:
             raise ValueError("`dm_estimator='policy_gradient'` is on-policy here: `num_iterations` must be 1.")
-        if self.fp16:
-            raise ValueError(
-                "`fp16`, here or as accelerate's `mixed_precision`, is not supported: its gradients under- and "
-                "overflow here. Use `bf16`."
-            )
-        if self.remove_unused_columns:
-            raise ValueError("`remove_unused_columns` must stay off: rewards may read the data set's other columns.")
-        if self.auto_find_batch_size:
-            raise ValueError("`auto_find_batch_size` must stay off: a smaller batch would split the groups.")
-        if self.enable_jit_checkpoint:
-            raise ValueError(
-                "`enable_jit_checkpoint` must stay off: it saves in the middle of an update. SIGTERM ends a run "
-                "behind its update anyway, with a checkpoint."
-            )
         check_output_dir(self.output_dir)
-
-    def _check_inherited(self):
-        """Called before `TrainingArguments` changes what was given."""
-        for name, reason in REFUSED.items():
-            value, default = getattr(self, name), TrainingArguments.__dataclass_fields__[name].default
-            off = value is False or value in (None, "no", [])  # the command line's default is not always the same
-            if value != default and not (off and default in (MISSING, None, False, "no")):
-                raise ValueError(f"`{name}` is {value!r}, but must be left out: {reason}.")
-        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-            if getattr(self, name, None) not in (None, {}, {"use_reentrant": False}):
-                raise ValueError(f"`{name}` must be left out: each role is recomputed in its own, not reentrant.")
-
-    def _check_launcher(self):
-        """What `accelerate launch` or its configuration file says is refused, or is the option it stands for."""
-        if self.mixed_precision not in ("no", "bf16", "fp16"):  # fp16 is refused below, whoever asks for it
-            raise ValueError(
-                f"accelerate's `mixed_precision` is {self.mixed_precision!r}, but must be 'no' or 'bf16'."
-            )
-        self.bf16, self.fp16 = self.mixed_precision == "bf16", self.mixed_precision == "fp16"
-        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-        if backend.lower() != "no" and not self.torch_compile:
-            raise ValueError(f"accelerate's `dynamo_backend` is {backend!r}: use `torch_compile`, for all roles.")
-        steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", self.gradient_accumulation_steps)
-        if str(steps) != str(self.gradient_accumulation_steps):
-            raise ValueError(
-                f"accelerate's `gradient_accumulation_steps` is {steps}, the config's "
-                f"{self.gradient_accumulation_steps}: say it in the config."
-            )
-        accelerator = self.accelerator_config
-        if (accelerator.gradient_accumulation_kwargs or {}).get("num_steps") is not None:
-            raise ValueError("`accelerator_config` has `num_steps`: use `gradient_accumulation_steps`.")
-        for name in ("split_batches", "dispatch_batches"):
-            if getattr(accelerator, name):
-                raise ValueError(f"`accelerator_config` has `{name}`, which would split the groups: leave it out.")
 
     def _check_types(self):
         """What a YAML file or a caller gives is not converted: `4.0` images, or text in place of a list."""
