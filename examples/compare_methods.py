@@ -39,6 +39,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer, evaluation
+from rdm_trl.callbacks import ReportCallback
 from rdm_trl.demo import CLASSES, DEMO_PROMPTS, load_demo_judge
 from rdm_trl.rewards import Scorer, resolve_reward
 
@@ -121,10 +122,10 @@ def cost_of_update(options: dict, budget: str, teacher: str | None = None) -> fl
         return 1.0
     if budget == "seconds":
         return seconds_of_update(options, teacher)
-    names = ("sample_guidance_scale", "per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations")
-    guidance, images, accumulation, uses = (options.get(name, getattr(RdmDistillConfig, name)) for name in names)
-    guided = budget == "teacher_evaluations" and (guidance or 1) > 1  # not given: absorbed
-    return images * accumulation * (1 + guided) / uses
+    config = RdmDistillConfig(**options)
+    guided = budget == "teacher_evaluations" and config.sample_guidance_scale > 1
+    images = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return images * (1 + guided) / config.num_iterations
 
 
 def seconds_of_update(options: dict, teacher: str | None, updates: int = 12) -> float:
@@ -188,7 +189,9 @@ def make_trainer(teacher: str | None, options: dict, folder: Path, callbacks: li
     fixed["resume_with_changes"] = True  # from a plain run to one with rewards, whose mixing starts there
     config = RdmDistillConfig(**{**options, **fixed})
     dataset = Dataset.from_dict({"prompt": prompts_of(teacher)}) if teacher else None
-    return RdmDistillTrainer(config, sd_pipeline=teacher, train_dataset=dataset, callbacks=callbacks)
+    trainer = RdmDistillTrainer(config, sd_pipeline=teacher, train_dataset=dataset, callbacks=callbacks)
+    trainer.remove_callback(ReportCallback)  # 5 MB for each of many runs, of which the table and the curves tell
+    return trainer
 
 
 def run(measure, teacher: str | None, options: dict, checkpoint: Path | None, folder: Path, eval_steps: int) -> dict:

@@ -128,6 +128,14 @@ def train(description, parameters, loss_fn, num_samples, epochs, learning_rate, 
                 bar.update()
 
 
+def train_averaged(description, networks, loss_fn, num_samples, epochs):
+    """As `train`, at a rate of 1e-3; leaves the networks with the moving average of their weights."""
+    parameters = [p for network in networks for p in network.parameters()]
+    ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, power=0.75)
+    train(description, parameters, loss_fn, num_samples, epochs, 1e-3, after_step=lambda: ema.step(parameters))
+    ema.copy_to(parameters)
+
+
 def train_classifier(images, labels, epochs, folder):
     model = ConvNextForImageClassification(
         ConvNextConfig(
@@ -247,8 +255,6 @@ def train_denoiser(images, labels, epochs, folder):
         steps_offset=1,
         prediction_type="epsilon",
     )
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
-    ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, power=0.75)
 
     def loss_fn(batch):
         captions, place = draw_captions(labels[batch])
@@ -261,8 +267,7 @@ def train_denoiser(images, labels, epochs, folder):
         weight = snr.clamp(max=5.0) / snr  # min-SNR weighting (arXiv 2303.09556), for faster convergence
         return (weight * (output - noise).square().mean(dim=(1, 2, 3))).mean()
 
-    train("denoiser", parameters, loss_fn, len(latents), epochs, 1e-3, after_step=lambda: ema.step(parameters))
-    ema.copy_to(parameters)
+    train_averaged("denoiser", (unet, text_encoder), loss_fn, len(latents), epochs)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder.eval(),
@@ -310,9 +315,7 @@ def train_flow(images, labels, epochs, folder, flow_dir):
         tokenizer_3=None,
     )
     encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
-    parameters = [p for network in (transformer, *encoders) for p in network.parameters()]
     process = NoiseProcess(pipeline.scheduler)
-    ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, power=0.75)
 
     def loss_fn(batch):
         captions, place = draw_captions(labels[batch])
@@ -324,8 +327,7 @@ def train_flow(images, labels, epochs, folder, flow_dir):
         output = transformer(process.add_noise(x0, noise, t), embeds[place], pooled[place], t).sample
         return F.mse_loss(output, process.target(x0, noise, t))
 
-    train("flow", parameters, loss_fn, len(latents), epochs, 1e-3, after_step=lambda: ema.step(parameters))
-    ema.copy_to(parameters)
+    train_averaged("flow", (transformer, *encoders), loss_fn, len(latents), epochs)
     pipeline.to(torch.float16)
     for encoder in encoders:
         encoder.float().eval()
@@ -357,9 +359,7 @@ def train_dit(images, labels, epochs, folder, dit_dir):
         steps_offset=1,
         prediction_type="v_prediction",
     )
-    parameters = list(transformer.parameters())
     process = NoiseProcess(scheduler)
-    ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, power=0.75)
 
     def loss_fn(batch):
         x0, noise = latents[batch], torch.randn_like(latents[batch])
@@ -368,8 +368,7 @@ def train_dit(images, labels, epochs, folder, dit_dir):
         output = transformer(process.add_noise(x0, noise, t), timestep=t, class_labels=classes).sample
         return F.mse_loss(output, process.target(x0, noise, t))
 
-    train("dit", parameters, loss_fn, len(latents), epochs, 1e-3, after_step=lambda: ema.step(parameters))
-    ema.copy_to(parameters)
+    train_averaged("dit", (transformer,), loss_fn, len(latents), epochs)
     pipeline = DiTPipeline(transformer, vae, scheduler)
     pipeline.register_to_config(id2label=dict(enumerate(CLASSES)))  # by itself it would not save them
     pipeline.to(torch.float16)
