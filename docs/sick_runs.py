@@ -1,6 +1,7 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """
-A healthy run and three that are made sick on purpose, for metrics.md: their curves and samples, in docs/images.
+A healthy run, three that are made sick on purpose, and what centring makes of one of them, for metrics.md: their
+curves and samples, in docs/images.
 
 python docs/sick_runs.py
 """
@@ -36,6 +37,7 @@ RUNS = {
     "over-saturated: DMD, fake\nscore left behind": dict(
         sample_guidance_scale=2.0, fake_learning_rate=1e-7, dm_centering="none"
     ),
+    "the same, GNDM": dict(sample_guidance_scale=2.0, fake_learning_rate=1e-7),
     "hacked: a reward\nof too much weight": dict(reward_mixing="sum", reward_weights=[3.0]),
 }
 PANELS = (
@@ -53,9 +55,7 @@ def run(options: dict, updates: int) -> tuple[list[dict], torch.Tensor]:
     """What a run logs, and the student's images (P * 4, 3, H, W) at its end."""
     defaults = dict(
         max_steps=updates,
-        learning_rate=5e-4,
-        fake_learning_rate=5e-4,
-        fake_updates=1,
+        lr_scheduler_type="constant",
         logging_steps=5,
         log_images_steps=0,
         save_strategy="no",
@@ -88,7 +88,7 @@ def main():
     axes[1, 3].legend(*axes[0, 0].get_legend_handles_labels(), loc="center")
     figure.savefig(IMAGES / "sick_curves.png", dpi=70)
 
-    figure, axes = plt.subplots(1, len(runs), figsize=(13, 3.7), layout="constrained")
+    figure, axes = plt.subplots(1, len(runs), figsize=(15, 3.5), layout="constrained")
     for axis, (name, (_, images)) in zip(axes, runs.items(), strict=True):
         rows = [torch.cat(list(images[i : i + 4]), 2) for i in range(0, len(images), 4)]
         axis.imshow(torch.cat(rows, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
