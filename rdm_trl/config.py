@@ -447,9 +447,11 @@ class RdmDistillConfig(TrainingArguments):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"`{name}` is {value!r}, but must be one of {', '.join(choices)}.")
+        for name in ("teacher_guidance_scale", "sample_guidance_scale"):  # before one stands in for the other
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least 1.")
         if self.teacher_guidance_scale is None:
-            in_score = self.sample_guidance_scale
-            self.teacher_guidance_scale = TEACHER_GUIDANCE_SCALE if in_score is None else in_score
+            self.teacher_guidance_scale = self.sample_guidance_scale or TEACHER_GUIDANCE_SCALE
         if self.num_teacher_images is None:
             absorbs = self.sample_guidance_scale is None and self.teacher_guidance_scale > 1
             self.num_teacher_images = NUM_TEACHER_IMAGES if absorbs else 0
@@ -480,8 +482,6 @@ class RdmDistillConfig(TrainingArguments):
             ("fake_warmup_steps", 0),
             ("dm_weight", 0),
             ("reward_warmup", 0),
-            ("teacher_guidance_scale", 1),  # before what may stand for it
-            ("sample_guidance_scale", 1),
             ("num_teacher_images", 0),
             ("target_updates", 1),
         ):
