@@ -87,6 +87,12 @@ class SampleGridCallback(TrainerCallback):
         if every and state.is_world_process_zero and (last or state.global_step % every == 0):
             self.save(args, state)
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if (
+            self.trainer.best_note and state.is_world_process_zero
+        ):  # the last update's student is not the one that stays
+            self.save(args, state)
+
     def save(self, args, state):
         available = list(dict.fromkeys(self.trainer.eval_dataset["prompt"]))
         count = min(args.num_log_images, len(available))

@@ -100,6 +100,12 @@ class Judge:
         self.features_of, self.reference, self.classes = features_of, reference, classes
         self.teacher = None
 
+    @property
+    def names(self) -> list[str]:
+        """Of the figures that a student can have."""
+        known = {"fid": self.reference is not None, "fid_teacher": True, "class_accuracy": self.classes is not None}
+        return [name for name, has in {**known, "diversity": True}.items() if has and self.features_of is not None]
+
     @torch.no_grad()
     def __call__(self, who: str, images: torch.Tensor, prompts: list[str]) -> dict[str, float]:
         """
@@ -172,7 +178,7 @@ def measure(trainer, dataset: Dataset):
         named = dict(zip(trainer.rewards.names, rewards.nanmean(0).tolist(), strict=True))
         trainer.metrics[who] = {**trainer.judge(who, images, prompts), "rewards": named}
         trainer._measured[who] = prompts
-    trainer.metrics["note"] = f"{len(prompts)} images of each model, seed {args.seed}, {machine()}."
+    trainer.metrics["note"] = f"{len(prompts)} images of each model, seed {args.seed}, {machine()}.{trainer.best_note}"
 
 
 def flat_figures(metrics: dict, prefix: str) -> dict[str, float]:

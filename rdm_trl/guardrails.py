@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Guardrail:
@@ -77,3 +79,14 @@ def drift_warnings(history: list[dict[str, Any]]) -> dict[str, tuple[dict[str, A
                 "`dm_centering='group'`.",
             )
     return found
+
+
+def check_finite(name: str, values: torch.Tensor, step: int, prompts: list[str] | None = None):
+    """Raises `FloatingPointError` that names the first of `prompts` whose value, of (B,), is not finite."""
+    bad = (~values.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        where = f" for the prompt {prompts[bad[0]]!r}" if prompts is not None else ""
+        raise FloatingPointError(
+            f"The {name} is not finite{where} at step {step}; no weight was changed. Lower `learning_rate` or "
+            "`sample_guidance_scale`, or train in full precision."
+        )

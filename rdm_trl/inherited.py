@@ -28,7 +28,6 @@ REFUSED = {
     "eval_accumulation_steps": "evaluation draws and measures images",
     "include_for_metrics": "evaluation draws and measures images",
     "batch_eval_metrics": "evaluation draws and measures images",
-    "load_best_model_at_end": "what is saved at the end is the average of the weights",
     "data_seed": "the order of the prompts is `seed`'s",
     "train_sampling_strategy": "prompts are drawn in groups, in an order of our own",
     "length_column_name": "prompts are drawn in groups, in an order of our own",
@@ -42,7 +41,7 @@ REFUSED = {
 def check_inherited(config: TrainingArguments):
     """
     Raises `ValueError` for what would be ignored, fail or train something else. Called before `TrainingArguments`
-    changes what was given.
+    changes what was given, and fills in a language model's loss as what is best.
     """
     for name, reason in REFUSED.items():
         value, default = getattr(config, name), TrainingArguments.__dataclass_fields__[name].default
@@ -73,6 +72,33 @@ def check_inherited(config: TrainingArguments):
                 "weights would stay in shards. Use DDP (`accelerate launch --num_processes N`); docs/scaling.md "
                 "says what to do where the base does not fit."
             )
+    choose_best_metric(config)
+
+
+def choose_best_metric(config: TrainingArguments):
+    """
+    What "best" means to `load_best_model_at_end` and `save_strategy="best"`: by default the distance to the teacher.
+    Of Fréchet distances the smallest is best.
+
+    Raises:
+        ValueError: checkpoints would not hold what is loaded.
+    """
+    if config.metric_for_best_model is None and (config.load_best_model_at_end or config.save_strategy == "best"):
+        config.metric_for_best_model = "fid_teacher"
+    if config.load_best_model_at_end and config.save_only_model:
+        raise ValueError("`load_best_model_at_end` needs whole checkpoints: leave `save_only_model` out.")
+    if config.greater_is_better is None and config.metric_for_best_model is not None:
+        config.greater_is_better = "fid" not in config.metric_for_best_model
+
+
+def check_best_metric(config: TrainingArguments, known: list[str]):
+    """Raises `ValueError` for a `metric_for_best_model` that no evaluation of this run will have."""
+    name = config.metric_for_best_model
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"`metric_for_best_model` is {name!r}, but evaluation measures {', '.join(known) or 'nothing'} here. "
+            "`eval_feature_model` names the features of `fid_teacher` and `diversity`; rewards go by their names."
+        )
 
 
 def check_launcher(config: TrainingArguments):

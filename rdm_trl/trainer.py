@@ -20,6 +20,8 @@ from .callbacks import ImageTracker, StopOnSignalCallback, default_callbacks
 from .config import RdmDistillConfig
 from .ddpo import ask_black_boxes, compute_rewards, generate_samples, of_one, policy_loss
 from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
+from .guardrails import check_finite
+from .inherited import check_best_metric
 from .method import losses, matching, policy
 from .method.advantages import Feedback
 from .method.diffusion import NoiseProcess
@@ -162,7 +164,8 @@ class RdmDistillTrainer(Trainer):
         self.judge = load_demo_judge() if self.is_demo else evaluation.Judge()
         if config.eval_feature_model is not None:
             self.judge = evaluation.Judge(evaluation.PretrainedFeatures(config.eval_feature_model))
-        self.metrics = {}
+        check_best_metric(config, [*self.judge.names, *self.rewards.names])
+        self.metrics, self.best_note = {}, ""
         self.cost = {"updates": 0, "rollouts": 0, "teacher_evaluations": 0, "seconds": 0.0}
         self._experiences, self._trusted, self._accumulated = [], True, 0
         self._fake_batches, self._measured, self._records = [], {}, defaultdict(list)
@@ -516,13 +519,7 @@ class RdmDistillTrainer(Trainer):
         super().log(logs, start_time)
 
     def _check_finite(self, name: str, values: torch.Tensor, prompts: list[str] | None = None):
-        bad = (~values.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            where = f" for the prompt {prompts[bad[0]]!r}" if prompts is not None else ""
-            raise FloatingPointError(
-                f"The {name} is not finite{where} at step {self.state.global_step}; no weight was changed. Lower "
-                "`learning_rate` or `sample_guidance_scale`, or train in full precision."
-            )
+        check_finite(name, values, self.state.global_step, prompts)
 
     # ------------------------------------------------------------------------------------------- checkpoints and cards
 
@@ -588,6 +585,9 @@ class RdmDistillTrainer(Trainer):
         super()._load_optimizer_and_scheduler(folder)
         if folder is not None:
             checkpoint.load_training_state(Path(folder), self)
+
+    def _load_best_model(self):
+        checkpoint.load_best(self)
 
     def _save_rng_state(self, output_dir: str):
         super()._save_rng_state(output_dir)

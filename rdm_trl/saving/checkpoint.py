@@ -200,6 +200,24 @@ def load_adapters(folder: Path, roles: NetworkRoles, target_key: str | None = No
         roles.load_adapter(name, {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")})
 
 
+def load_best(trainer):
+    """
+    The student that `metric_for_best_model` found best, with its figures, in place of the run's last. The last stays
+    where the checkpoint of it is gone, with a warning.
+    """
+    state, name = trainer.state, trainer.args.metric_for_best_model
+    folder = Path(state.best_model_checkpoint)
+    missing = what_is_missing(folder)
+    if missing is not None:
+        logger.warning(f"The best student, {folder}, cannot be loaded: {missing}. The run's last one stays.")
+        return
+    load_adapters(folder, trainer.model, trainer.target_key)
+    figures = read_metrics(folder)
+    trainer.best_note = f" The student is that of update {state.best_global_step}, the best of the run by `{name}`."
+    trainer.metrics = {who: figures[who] for who in ("teacher", "base", "student")}
+    trainer.metrics["note"] = figures["note"] + trainer.best_note
+
+
 def load_training_state(folder: Path, trainer):
     """
     With `resume_with_changes` the learning rates are the config's, not the optimizers' saved ones, and the mixing of
