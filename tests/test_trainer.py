@@ -253,8 +253,9 @@ def test_resume_continues_the_run(tmp_path, reuse):
     resumed = make_trainer(tmp_path / "parts", [redness, bright], max_steps=8, prompts=prompts, **mixing)
     resumed.train(resume_from_checkpoint=True)
     for name in ("student", "fake", "ema"):
+        state = resumed.model.adapter_state(name)
         for key, value in trainer.model.adapter_state(name).items():
-            assert torch.equal(resumed.model.adapter_state(name)[key], value), (name, key)
+            assert torch.equal(state[key], value), (name, key)
     assert resumed.cost["rollouts"] == trainer.cost["rollouts"]
 
 
