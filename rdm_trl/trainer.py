@@ -26,7 +26,7 @@ from .method.diffusion import NoiseProcess
 from .method.experience import Experience
 from .method.fake_score import FakeScore
 from .models.lora import make_roles
-from .models.pipelines import family_of, load_pipeline
+from .models.pipelines import base_of, family_of, load_pipeline
 from .prompts import PromptSampler, check_prompts, prompt_caches, split_rows, training_prompts
 from .rewards import RewardFunction, resolve_reward
 from .rewards.panel import RewardPanel, distribution_matching_push
@@ -59,7 +59,7 @@ class RdmDistillTrainer(Trainer):
             `f(images, prompts, metadata)` or `f(images=..., prompts=..., **columns)`; images are (B, 3, H, W) in
             [0, 1]. Returns one number an image, or (numbers, metadata). See [`rewards.Scorer`].
         prompt_function (callable, *optional*): `() -> (prompt, metadata)`, as in DDPO; instead of `train_dataset`.
-        sd_pipeline (pipeline, path or Hub id, *optional*): the teacher; the embedded pipeline by default.
+        sd_pipeline (pipeline, folder, .safetensors file or Hub id, *optional*): the teacher; by default embedded.
         image_samples_hook (callable, *optional*):
             `(prompt_image_data, global_step, tracker)`, called at each logging step with a list of
             `[images, prompts, metadata, rewards, reward_metadata]`.
@@ -105,7 +105,7 @@ class RdmDistillTrainer(Trainer):
             sd_pipeline = load_pipeline(sd_pipeline, dtype)
         self.sd_pipeline = sd_pipeline
         self.family = family_of(sd_pipeline, config.sample_height, config.sample_width, config.max_sequence_length)
-        self.base_model = sd_pipeline.config.get("_name_or_path") or sd_pipeline.name_or_path
+        self.base_model, self.variant, self.single_file_config = base_of(sd_pipeline)
         self.is_demo = self.base_model == DEMO_PIPELINE
         self.encode, self.encode_negative = prompt_caches(self.family, config, self.base_model)
         self.process = NoiseProcess(sd_pipeline.scheduler)

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from ..demo import DEMO_PIPELINE
-from ..models.pipelines import family_of, read_pipeline
+from ..models.pipelines import base_in, family_of, read_pipeline
 
 
 FORMATS = ("diffusers", "kohya")
@@ -59,9 +59,12 @@ def export(
     output_dir.mkdir(parents=True, exist_ok=True)
     if format == "kohya":
         return export_kohya(weights, output_dir / f"{checkpoint.resolve().name}.safetensors")
+    loading = {"base_model": base}
     if base is None:
-        base = json.loads((checkpoint / "metrics.json").read_text())["settings"]["base_model"]
-    pipeline = read_pipeline(DEMO_PIPELINE if base == "rdm_trl.demo" else base, dtype)
+        loading = base_in(json.loads((checkpoint / "metrics.json").read_text())["settings"])
+    if loading["base_model"] == "rdm_trl.demo":
+        loading["base_model"] = DEMO_PIPELINE
+    pipeline = read_pipeline(dtype=dtype, **loading)
     fuse(pipeline, checkpoint).save_pretrained(output_dir)
     return output_dir
 

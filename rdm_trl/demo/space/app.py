@@ -28,7 +28,11 @@ def here(path: str) -> str:
 
 dtype = torch.bfloat16 if DEVICE == "cuda" and DEMO["bf16"] else torch.float32
 absent = dict.fromkeys(DEMO["absent"])
-pipe = DiffusionPipeline.from_pretrained(here(DEMO["base"]), dtype=dtype, **absent)
+if DEMO["single_file_class"]:
+    cls = getattr(diffusers, DEMO["single_file_class"])
+    pipe = cls.from_single_file(DEMO["base"], config=DEMO["config"], dtype=dtype, **absent)
+else:
+    pipe = DiffusionPipeline.from_pretrained(here(DEMO["base"]), dtype=dtype, variant=DEMO["variant"], **absent)
 pipe.set_progress_bar_config(disable=True)
 student = here("student")
 base_network = student_network = getattr(pipe, DEMO["denoiser"])
