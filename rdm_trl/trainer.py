@@ -70,7 +70,7 @@ class RdmDistillTrainer(Trainer):
             Of student and fake score; rank 32 by default. `False` trains whole copies of the denoiser.
         teacher_lora (path or Hub id, *optional*):
             A LoRA (style, character) of the teacher. The student's adapter begins as a copy of it, followed by
-            `peft_config`'s rank; the saved one alone, on the plain base, draws in that style.
+            `peft_config`'s rank; the saved one alone draws in that style. Text encoders' part is saved as it is.
         student_lora (path or Hub id, *optional*):
             A few-step LoRA to continue, with its rank, alpha and layers: an earlier run's folder, or an LCM-LoRA.
         callbacks, optimizers: as in `transformers.Trainer`; the optimizer is the student's.
@@ -107,7 +107,6 @@ class RdmDistillTrainer(Trainer):
         self.family = family_of(sd_pipeline, config.sample_height, config.sample_width, config.max_sequence_length)
         self.base_model, self.variant, self.single_file_config = base_of(sd_pipeline)
         self.is_demo = self.base_model == DEMO_PIPELINE
-        self.encode, self.encode_negative = prompt_caches(self.family, config, self.base_model)
         self.process = NoiseProcess(sd_pipeline.scheduler)
         grid = (config.sample_num_steps, config.sample_sigmas, config.sample_timesteps)
         self.student_scheduler = self.family.make_student_scheduler(*grid)
@@ -136,6 +135,7 @@ class RdmDistillTrainer(Trainer):
         set_seed(config.seed)
         absorbs = config.num_teacher_images > 0 and config.teacher_guidance_scale > 1 and self.family.has_guidance()
         roles = make_roles(self.family, peft_config, teacher_lora, student_lora, absorbs)
+        self.encode, self.encode_negative = prompt_caches(self.family, config, self.base_model)
         self.teacher_lora, self.student_lora = (path and str(path) for path in (teacher_lora, student_lora))
 
         super().__init__(

@@ -77,7 +77,7 @@ def fuse(pipeline: DiffusionPipeline, checkpoint: Path) -> DiffusionPipeline:
         pipeline.register_modules(**{family.denoiser_name: network.to(family.denoiser.device)})
     elif isinstance(pipeline, LoraBaseMixin):
         pipeline.load_lora_weights(checkpoint, weight_name=WEIGHTS[0])
-        pipeline.fuse_lora(components=[family.denoiser_name])
+        pipeline.fuse_lora(components=list(pipeline.get_list_adapters()))
         pipeline.unload_lora_weights()
     else:
         fused = PeftModel.from_pretrained(family.denoiser, str(checkpoint)).merge_and_unload()
@@ -100,5 +100,9 @@ def export_kohya(weights: Path, file: Path) -> Path:
     if any(key.startswith("unet.") for key in state):
         state = convert_state_dict_to_kohya(state)
         state = {key: value.float() if key.endswith(".alpha") else value for key, value in state.items()}
+        if not any(
+            key.startswith("lora_te2_") for key in state
+        ):  # Stable Diffusion 1 and 2 have one, without a number
+            state = {key.replace("lora_te1_", "lora_te_"): value for key, value in state.items()}
     save_file(state, file)
     return file

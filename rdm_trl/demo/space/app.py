@@ -52,8 +52,9 @@ student_scheduler = getattr(diffusers, DEMO["scheduler"]).from_pretrained(studen
 
 
 def set_lora(name: str, strength: float):
-    """Uses one LoRA, scaled; at 0 the network is the base itself."""
-    for module in base_network.modules():
+    """Uses one LoRA, scaled; at 0 the networks are the base's own."""
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    for module in (module for network in networks for module in network.modules()):
         if isinstance(module, BaseTunerLayer):
             module.enable_adapters(strength != 0)
             if strength != 0:
