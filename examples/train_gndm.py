@@ -114,10 +114,19 @@ def teacher_of(script_args: ScriptArguments, config: RdmDistillConfig) -> str | 
     return load_pipeline(name, torch.bfloat16 if config.bf16 else torch.float32, bits[wanted], **files)
 
 
+def above_file(argv: list[str]) -> list[str]:
+    """With a `--save_strategy` that counts no updates a file's `save_steps` falls: the command line is above it."""
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    if "--save_strategy" in words and "--save_steps" not in words and "steps" not in words:
+        default = RdmDistillConfig.__dataclass_fields__["save_steps"].default
+        return [*argv, "--save_steps", str(default)]
+    return argv
+
+
 def main(argv: list[str]):
     if not any(argument.split("=")[0] in ("--config", "--model_name_or_path") for argument in argv):
         argv = ["--config", str(DEMO_CONFIG), *argv]
-    script_args, config = make_parser(ScriptArguments, RdmDistillConfig).parse_args_and_config(argv)
+    script_args, config = make_parser(ScriptArguments, RdmDistillConfig).parse_args_and_config(above_file(argv))
 
     dataset = None
     if script_args.prompts is not None and script_args.dataset_name is not None:
