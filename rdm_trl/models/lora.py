@@ -112,7 +112,9 @@ def use_encoder_loras(family: PipelineFamily, loras: dict[str, tuple[LoraConfig,
         dtype = encoder.dtype
         inject_adapter_in_model(config, encoder, TEACHER)
         set_peft_model_state_dict(encoder, state, adapter_name=TEACHER)
-        encoder.to(dtype).requires_grad_(False)
+        for path, parameter in encoder.requires_grad_(False).named_parameters():
+            if f".{TEACHER}." in path:  # as plain diffusers has them
+                parameter.data = parameter.data.to(encoder.device, dtype)
         # The names that other programs and older versions of transformers know; today's knows both.
         flat = isinstance(encoder, CLIPTextModel) and not hasattr(encoder, "text_model")
         saved = {f"text_model.{key}" if flat else key: value for key, value in state.items()}

@@ -103,6 +103,16 @@ def test_kept_prompts_are_not_another_encoders(tmp_path):
     assert weights_of(trainer) != weights_of(unstyled)  # nor are the teacher's kept images
 
 
+def test_in_half_precision_and_with_encoders_that_come_and_go(tmp_path):
+    lora = save_lora(tmp_path / "style")
+    reference = plain("sd", lora).to(torch.bfloat16)
+    pipeline = make_tiny_pipeline().to(torch.bfloat16)
+    trainer = make_trainer(tmp_path, pipeline=pipeline, teacher_lora=lora, bf16=True, offload_encoders=True)
+    assert {p.dtype for p in pipeline.text_encoder.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in pipeline.text_encoder.parameters())
+    torch.testing.assert_close(conditions(trainer), encode(reference), atol=2e-2, rtol=2e-2)
+
+
 def test_a_run_is_resumed(tmp_path):
     options = dict(teacher_lora=save_lora(tmp_path / "style"), save_strategy="steps", save_steps=1)
     whole = styled(tmp_path / "whole", **options)
