@@ -186,6 +186,7 @@ class Measure:
 
 def make_trainer(teacher: str | None, options: dict, folder: Path, callbacks: list) -> RdmDistillTrainer:
     fixed = {"output_dir": str(folder), "log_images_steps": 0, "save_strategy": "no", "logging_strategy": "no"}
+    options = {name: value for name, value in options.items() if name != "save_steps"}
     fixed["resume_with_changes"] = True  # from a plain run to one with rewards, whose mixing starts there
     config = RdmDistillConfig(**{**options, **fixed})
     dataset = Dataset.from_dict({"prompt": prompts_of(teacher)}) if teacher else None

@@ -18,7 +18,7 @@ import torch
 
 from rdm_trl.demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge
 from rdm_trl.evaluation import Judge, PretrainedFeatures, machine
-from rdm_trl.models.pipelines import family_of, read_pipeline
+from rdm_trl.models.pipelines import base_in, family_of, read_pipeline
 from rdm_trl.prompts import load_prompts
 from rdm_trl.rewards import Scorer, resolve_reward
 from rdm_trl.saving.export import fuse
@@ -63,7 +63,7 @@ def main():
     is_demo = settings["base_model"] == "rdm_trl.demo"
 
     def load_base():
-        base = read_pipeline(DEMO_PIPELINE if is_demo else settings["base_model"])
+        base = read_pipeline(DEMO_PIPELINE) if is_demo else read_pipeline(**base_in(settings))
         return base.to("cuda" if torch.cuda.is_available() else "cpu")
 
     if args.dataset_name is None and not is_demo:

@@ -40,7 +40,12 @@ class ScriptArguments:
         > Parameters that control the model and the prompts
 
         model_name_or_path (`str`, *optional*):
-            The teacher, a pipeline's path or Hub id; the embedded pipeline by default.
+            The teacher: a pipeline's folder or Hub id, or a single .safetensors file; the embedded one by default.
+        variant (`str`, *optional*):
+            Of its weight files, where a folder or repository has these alone: `fp16`.
+        single_file_config (`str`, *optional*):
+            Of a single file: folder or Hub id of a pipeline of the same kind, for its configuration and tokenizer. By
+            default that of the kind that diffusers finds the file to be, by the Hub or its cache.
         load_in_8bit (`bool`, *optional*, defaults to `False`):
             Hold the frozen denoiser in 8 bits (bitsandbytes, LLM.int8); needs a GPU.
         load_in_4bit (`bool`, *optional*, defaults to `False`):
@@ -69,7 +74,11 @@ class ScriptArguments:
     """
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The teacher: a pipeline's path or Hub id."}
+        default=None, metadata={"help": "The teacher: a pipeline's folder or Hub id, or a single .safetensors file."}
+    )
+    variant: str | None = field(default=None, metadata={"help": "Of its weight files: fp16."})
+    single_file_config: str | None = field(
+        default=None, metadata={"help": "Of a single file: a pipeline of the same kind, for its configuration."}
     )
     load_in_8bit: bool = field(default=False, metadata={"help": "The frozen denoiser in 8 bits; needs a GPU."})
     load_in_4bit: bool = field(default=False, metadata={"help": "The frozen denoiser in 4 bits; needs a GPU."})
@@ -92,20 +101,32 @@ class ScriptArguments:
 
 
 def teacher_of(script_args: ScriptArguments, config: RdmDistillConfig) -> str | DiffusionPipeline | None:
-    """What the trainer takes as `sd_pipeline`: where the denoiser is to be quantized, the pipeline itself."""
-    name, bits = script_args.model_name_or_path, {(True, False): 8, (False, True): 4}
+    """What the trainer takes as `sd_pipeline`: the pipeline itself, where more is said of it than its name."""
+    name, bits = script_args.model_name_or_path, {(False, False): None, (True, False): 8, (False, True): 4}
     wanted = (script_args.load_in_8bit, script_args.load_in_4bit)
-    if not any(wanted):
+    files = {"variant": script_args.variant, "single_file_config": script_args.single_file_config}
+    if not any((*wanted, *files.values())):
         return name
-    if all(wanted) or name is None:
+    if all(wanted) or (any(wanted) and name is None):
         raise ValueError("Give one of `load_in_8bit` and `load_in_4bit`, and `model_name_or_path`.")
-    return load_pipeline(name, torch.bfloat16 if config.bf16 else torch.float32, bits[wanted])
+    if name is None:
+        raise ValueError("`variant` and `single_file_config` say how `model_name_or_path` is loaded: give it too.")
+    return load_pipeline(name, torch.bfloat16 if config.bf16 else torch.float32, bits[wanted], **files)
+
+
+def above_file(argv: list[str]) -> list[str]:
+    """With a `--save_strategy` that counts no updates a file's `save_steps` falls: the command line is above it."""
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    if "--save_strategy" in words and "--save_steps" not in words and "steps" not in words:
+        default = RdmDistillConfig.__dataclass_fields__["save_steps"].default
+        return [*argv, "--save_steps", str(default)]
+    return argv
 
 
 def main(argv: list[str]):
     if not any(argument.split("=")[0] in ("--config", "--model_name_or_path") for argument in argv):
         argv = ["--config", str(DEMO_CONFIG), *argv]
-    script_args, config = make_parser(ScriptArguments, RdmDistillConfig).parse_args_and_config(argv)
+    script_args, config = make_parser(ScriptArguments, RdmDistillConfig).parse_args_and_config(above_file(argv))
 
     dataset = None
     if script_args.prompts is not None and script_args.dataset_name is not None:

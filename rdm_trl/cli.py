@@ -15,7 +15,14 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="rdm-trl", description="Tools around distillation.")
     commands = parser.add_subparsers(dest="command", required=True)
     planner = commands.add_parser("plan", help="memory and settings of a run, from the pipeline's configuration alone")
-    planner.add_argument("--model", required=True, help="folder or Hub id of a pipeline")
+    planner.add_argument(
+        "--model", required=True, help="folder or Hub id of a pipeline, or a single .safetensors file"
+    )
+    planner.add_argument(
+        "--single-file-config",
+        metavar="DIR",
+        help="of a single file: a pipeline of the same kind, for its configuration",
+    )
     planner.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="of the device")
     planner.add_argument("--lora-r", type=int, default=32, help="rank of the adapters")
     planner.add_argument("--height", type=int, help="of the images in pixels; the pipeline's own by default")
@@ -58,7 +65,8 @@ def main(argv: list[str] | None = None):
         dtype = getattr(torch, args.dtype)
         print(export(args.checkpoint, args.output_dir, args.format, base=args.base, dtype=dtype))
         return
-    print(plan(args.model, args.gpu_memory, lora_r=args.lora_r, height=args.height, width=args.width))
+    size = {"height": args.height, "width": args.width}
+    print(plan(args.model, args.gpu_memory, args.single_file_config, lora_r=args.lora_r, **size))
 
 
 if __name__ == "__main__":

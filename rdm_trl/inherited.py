@@ -35,7 +35,10 @@ REFUSED = {
     "fsdp_config": "FSDP is not supported; docs/scaling.md says why",
     "do_train": "it is for scripts, and ours trains",
     "do_predict": "it is for scripts, and ours does not read it",
+    "do_eval": "it is for scripts; `eval_strategy` says when to evaluate",
 }
+# Numbers of updates that are read with the strategy "steps" alone.
+STEPS = {"save_steps": "save_strategy", "eval_steps": "eval_strategy"}
 
 
 def check_inherited(config: TrainingArguments):
@@ -48,6 +51,20 @@ def check_inherited(config: TrainingArguments):
         off = value is False or value in (None, "no", [])  # the command line's default is not always the same
         if value != default and not (off and default in (MISSING, None, False, "no")):
             raise ValueError(f"`{name}` is {value!r}, but must be left out: {reason}.")
+    for name, strategy in STEPS.items():
+        chosen, default = getattr(config, strategy), TrainingArguments.__dataclass_fields__[name].default
+        if getattr(config, name) != default and getattr(chosen, "value", chosen) != "steps":
+            raise ValueError(
+                f"`{name}` is {getattr(config, name)!r}, but `{strategy}` is {getattr(chosen, 'value', chosen)!r}: it "
+                "would be without effect. Set the latter to 'steps', or leave one of the two out."
+            )
+    for prefix in ("", "fake_"):
+        schedule, steps = getattr(config, f"{prefix}lr_scheduler_type"), getattr(config, f"{prefix}warmup_steps")
+        if steps and getattr(schedule, "value", schedule) == "constant":
+            raise ValueError(
+                f"`{prefix}warmup_steps` is {steps}, but `{prefix}lr_scheduler_type='constant'` has no warm-up: use "
+                "'constant_with_warmup'."
+            )
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if getattr(config, name, None) not in (None, {}, {"use_reentrant": False}):
             raise ValueError(f"`{name}` must be left out: each role is recomputed in its own, not reentrant.")

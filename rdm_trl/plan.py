@@ -16,6 +16,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from .models.pipelines import PipelineFamily, family_of
+from .models.pipelines.loading import is_single_file, single_file_folder
 from .models.roles import ADAPTERS, Roles
 
 
@@ -60,15 +61,19 @@ class Memory:
         return {**parts, "in all": sum(parts.values())}
 
 
-def load_without_weights(model: str, dtype: torch.dtype = torch.bfloat16) -> DiffusionPipeline:
+def load_without_weights(
+    model: str, dtype: torch.dtype = torch.bfloat16, single_file_config: str | None = None
+) -> DiffusionPipeline:
     """
-    The pipeline of a folder or Hub id with its models on the meta device.
+    The pipeline of a folder, Hub id or single file with its models on the meta device.
 
     Raises:
         OSError: there is no such pipeline.
     """
     folder = model
-    if not Path(model).is_dir():
+    if is_single_file(model):
+        folder = single_file_folder(Path(model), single_file_config)
+    elif not Path(model).is_dir():
         folder = snapshot_download(model, allow_patterns=["*.json", "*.txt", "*/tokenizer*", "*/spiece.model"])
     index = DiffusionPipeline.load_config(folder)
     components = {}
@@ -204,15 +209,20 @@ def choose(load: Callable[[], DiffusionPipeline], gpu_memory: float, **options) 
     return memory, settings, fits
 
 
-def plan(model: str, gpu_memory: float, **options) -> str:
+def plan(model: str, gpu_memory: float, single_file_config: str | None = None, **options) -> str:
     """
     The settings that would fit, and what they need, as text.
 
     Args:
-        model (`str`): folder or Hub id of a pipeline.
+        model (`str`): folder or Hub id of a pipeline, or a single .safetensors file.
+        single_file_config (`str`, *optional*): as in [`models.pipelines.Base`].
         gpu_memory, **options: of `choose`.
     """
-    memory, settings, fits = choose(lambda: load_without_weights(model), gpu_memory, **options)
+
+    def load():
+        return load_without_weights(model, single_file_config=single_file_config)
+
+    memory, settings, fits = choose(load, gpu_memory, **options)
     lines = [f"{name:<40}{size / GIB:8.2f} GiB" for name, size in memory.rows().items()]
     if fits:
         lines += ["", *(f"{name}: {str(value).lower()}" for name, value in settings.items())]

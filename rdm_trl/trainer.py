@@ -28,7 +28,7 @@ from .method.diffusion import NoiseProcess
 from .method.experience import Experience
 from .method.fake_score import FakeScore
 from .models.lora import make_roles
-from .models.pipelines import family_of, load_pipeline
+from .models.pipelines import base_of, family_of, load_pipeline
 from .prompts import PromptSampler, check_prompts, prompt_caches, split_rows, training_prompts
 from .rewards import RewardFunction, resolve_reward
 from .rewards.panel import RewardPanel, distribution_matching_push
@@ -61,7 +61,7 @@ class RdmDistillTrainer(Trainer):
             `f(images, prompts, metadata)` or `f(images=..., prompts=..., **columns)`; images are (B, 3, H, W) in
             [0, 1]. Returns one number an image, or (numbers, metadata). See [`rewards.Scorer`].
         prompt_function (callable, *optional*): `() -> (prompt, metadata)`, as in DDPO; instead of `train_dataset`.
-        sd_pipeline (pipeline, path or Hub id, *optional*): the teacher; the embedded pipeline by default.
+        sd_pipeline (pipeline, folder, .safetensors file or Hub id, *optional*): the teacher; by default embedded.
         image_samples_hook (callable, *optional*):
             `(prompt_image_data, global_step, tracker)`, called at each logging step with a list of
             `[images, prompts, metadata, rewards, reward_metadata]`.
@@ -72,7 +72,7 @@ class RdmDistillTrainer(Trainer):
             Of student and fake score; rank 32 by default. `False` trains whole copies of the denoiser.
         teacher_lora (path or Hub id, *optional*):
             A LoRA (style, character) of the teacher. The student's adapter begins as a copy of it, followed by
-            `peft_config`'s rank; the saved one alone, on the plain base, draws in that style.
+            `peft_config`'s rank; the saved one alone draws in that style. Text encoders' part is saved as it is.
         student_lora (path or Hub id, *optional*):
             A few-step LoRA to continue, with its rank, alpha and layers: an earlier run's folder, or an LCM-LoRA.
         callbacks, optimizers: as in `transformers.Trainer`; the optimizer is the student's.
@@ -107,9 +107,8 @@ class RdmDistillTrainer(Trainer):
             sd_pipeline = load_pipeline(sd_pipeline, dtype)
         self.sd_pipeline = sd_pipeline
         self.family = family_of(sd_pipeline, config.sample_height, config.sample_width, config.max_sequence_length)
-        self.base_model = sd_pipeline.config.get("_name_or_path") or sd_pipeline.name_or_path
+        self.base_model, self.variant, self.single_file_config = base_of(sd_pipeline)
         self.is_demo = self.base_model == DEMO_PIPELINE
-        self.encode, self.encode_negative = prompt_caches(self.family, config, self.base_model)
         self.process = NoiseProcess(sd_pipeline.scheduler)
         grid = (config.sample_num_steps, config.sample_sigmas, config.sample_timesteps)
         self.student_scheduler = self.family.make_student_scheduler(*grid)
@@ -138,6 +137,7 @@ class RdmDistillTrainer(Trainer):
         set_seed(config.seed)
         absorbs = config.num_teacher_images > 0 and config.teacher_guidance_scale > 1 and self.family.has_guidance()
         roles = make_roles(self.family, peft_config, teacher_lora, student_lora, absorbs)
+        self.encode, self.encode_negative = prompt_caches(self.family, config, self.base_model)
         self.teacher_lora, self.student_lora = (path and str(path) for path in (teacher_lora, student_lora))
 
         super().__init__(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer, guidance
@@ -153,7 +153,7 @@ def make_trainer(
     )
 
 
-def save_style(folder, text_encoder=False, **options):
+def save_style(folder, **options):
     """A LoRA that changes pictures, as diffusers' own scripts save one."""
     pipeline = make_tiny_pipeline()
     config = LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": ["to_q", "to_v", "conv1"], **options})
@@ -164,11 +164,6 @@ def save_style(folder, text_encoder=False, **options):
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     layers = {"unet_lora_layers": get_peft_model_state_dict(pipeline.unet, adapter_name="style")}
     layers["unet_lora_adapter_metadata"] = pipeline.unet.peft_config["style"].to_dict()
-    if text_encoder:
-        config = LoraConfig(r=2, target_modules=["q_proj"])
-        inject_adapter_in_model(config, pipeline.text_encoder, "style")
-        layers["text_encoder_lora_adapter_metadata"] = config.to_dict()
-        layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipeline.text_encoder, adapter_name="style")
     pipeline.save_lora_weights(folder, **layers)
     return folder
 

@@ -17,7 +17,7 @@ import torch
 from conftest import DEMO_PROMPTS, MARKUP, make_trainer, save_style
 from diffusers import DiffusionPipeline, LCMScheduler
 from huggingface_hub import ModelCard
-from tiny_pipelines import CASES, make
+from tiny_pipelines import CASES, make, save_lora
 
 from rdm_trl import cli
 from rdm_trl.demo import DEMO_PIPELINE, page
@@ -96,9 +96,11 @@ def test_other_kinds_of_students(kind, tmp_path, monkeypatch):
     assert "upload it" in (tmp_path / "space" / "README.md").read_text()  # the base is a folder of this machine
 
 
-def test_a_teacher_with_a_style_draws_in_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("save", [save_style, save_lora])
+def test_a_teacher_with_a_style_draws_in_it(tmp_path, monkeypatch, save):
+    """Where the style reaches the text encoder, the base's own prompts are those without it."""
     make(CASES["sd_epsilon"]).save_pretrained(tmp_path / "base")
-    style = save_style(tmp_path / "style")
+    style = save(tmp_path / "style")
     trainer = make_trainer(tmp_path, pipeline=str(tmp_path / "base"), teacher_lora=str(style))
     trainer.save_model()
     app = load_app(page.export_space(tmp_path / "run", tmp_path / "space"), monkeypatch)
@@ -111,6 +113,10 @@ def test_a_teacher_with_a_style_draws_in_it(tmp_path, monkeypatch):
         return np.asarray(image.resize((256, 256), 1)).astype(float)
 
     without = plain()
+    app["draw"]("student", "a bag", 0)
+    app["set_lora"]("base", 0.0)
+    prompt = "a bag", "cpu", 1, False
+    assert torch.equal(app["pipe"].encode_prompt(*prompt)[0], pipe.encode_prompt(*prompt)[0])
     pipe.load_lora_weights(style)
     for _ in range(2):
         assert np.abs(np.asarray(app["draw"]("teacher", "a bag", 0)[0]) - plain()).max() <= 1

@@ -1,8 +1,10 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """A tiny random pipeline of every family, and how a plain call of it is made."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from conftest import make_config, make_text_config, make_tiny_pipeline, redness
@@ -42,7 +44,8 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextModel,
@@ -523,3 +526,42 @@ def run_card(card):
     call = call.split(".images[0]")[0].replace("pipe(", "pipe(output_type='pt', ", 1)
     torch.manual_seed(3)
     return eval(call, scope).images.expand(-1, 3, -1, -1)  # of grey images three channels
+
+
+# LoRAs that reach the text encoders too.
+PIPELINES = {"sd": make_tiny_pipeline, "sdxl": lambda: make(CASES["sdxl"])}
+ENCODERS = {"sd": ["text_encoder"], "sdxl": ["text_encoder", "text_encoder_2"]}
+LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
+
+def save_lora(folder, kind="sd", form="diffusers", size=0.3, layers=LAYERS, alpha=None) -> Path:
+    """
+    Changes the UNet and each text encoder, with alphas that are not the ranks; `alpha` gives a layer's own, by its
+    place, in kohya's form.
+    """
+    pipeline, generator, found, kohya = PIPELINES[kind](), torch.Generator().manual_seed(4), {}, {}
+    short = {
+        "unet": "lora_unet",
+        "text_encoder": "lora_te" if kind == "sd" else "lora_te1",
+        "text_encoder_2": "lora_te2",
+    }
+    for name in ("unet", *ENCODERS[kind]):
+        targets = ["to_q", "to_v"] if name == "unet" else layers
+        config = LoraConfig(r=3, lora_alpha=7 if name == "unet" else 5, target_modules=targets)
+        network = inject_adapter_in_model(config, getattr(pipeline, name), "style")
+        state = get_peft_model_state_dict(network, adapter_name="style")
+        state = {k: torch.randn(v.shape, generator=generator) * math.sqrt(size) for k, v in sorted(state.items())}
+        found |= {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": config.to_dict()}
+        for i, (key, value) in enumerate(state.items()):
+            path, end = key.split(".lora_")
+            path = path if name == "unet" else f"text_model.{path.removeprefix('text_model.')}"
+            path = f"{short[name]}_{path.replace('.', '_')}"
+            kohya[f"{path}.lora_{'down' if end[0] == 'A' else 'up'}.weight"] = value
+            own = alpha(i // 2) if alpha else config.lora_alpha
+            kohya[f"{path}.alpha"] = torch.tensor(float(own))
+    Path(folder).mkdir()
+    if form == "kohya":
+        save_file(kohya, folder / "style.safetensors")
+        return folder / "style.safetensors"
+    pipeline.save_lora_weights(folder, **found)
+    return folder

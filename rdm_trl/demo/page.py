@@ -13,7 +13,8 @@ from pathlib import Path
 from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import ModelCard, SpaceCardData
 
-from ..models.pipelines import family_of
+from ..models.pipelines import base_in, family_of
+from ..models.pipelines.loading import is_single_file
 from ..plan import load_without_weights
 from ..saving.export import WEIGHTS
 from ..saving.hub import base_licence
@@ -38,8 +39,9 @@ def describe(checkpoint: Path, base: str | None = None) -> dict:
         scheduler = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{checkpoint} is not a finished run of `RdmDistillTrainer`: {error}") from error
-    base = base or settings["base_model"]
-    pipeline = load_without_weights(DEMO_PIPELINE if base == "rdm_trl.demo" else base)
+    loading = base_in(settings) if base is None else {**base_in({}), "base_model": base}
+    base, config = loading["base_model"], loading["single_file_config"]
+    pipeline = load_without_weights(DEMO_PIPELINE if base == "rdm_trl.demo" else base, single_file_config=config)
     family = family_of(
         pipeline, settings["sample_height"], settings["sample_width"], settings.get("max_sequence_length")
     )
@@ -63,6 +65,9 @@ def describe(checkpoint: Path, base: str | None = None) -> dict:
     return {
         "title": f"{checkpoint.resolve().name}: {settings['sample_num_steps']} steps",
         "base": base,
+        "single_file_class": type(pipeline).__name__ if is_single_file(base) else None,
+        "config": config and str(Path(config).resolve() if Path(config).exists() else config),
+        "variant": loading["variant"],
         "absent": [name for name, part in pipeline.components.items() if part is None and name not in optional],
         "denoiser": family.denoiser_name,
         "kind": "network" if not found else "lora" if isinstance(pipeline, LoraBaseMixin) else "peft",

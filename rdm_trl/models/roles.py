@@ -211,18 +211,7 @@ class Roles(NetworkRoles):
         An adapter as a LoRA of scale 1: alpha is the rank in every layer, and what `lora_alpha` says is in `lora_B`.
         Programs that read no alpha from a file, ComfyUI for one, get the same images as those that do.
         """
-        state, ranks = self.adapter_state(name), {}
-        for path, layer in self.denoiser.named_modules():
-            if isinstance(layer, BaseTunerLayer) and name in layer.lora_A:
-                ranks[path] = layer.r[name]
-                for key in (f"{path}.lora_B.weight", f"{path}.lora_B.bias"):
-                    if key in state:
-                        state[key] *= layer.scaling[name]
-        most = Counter(ranks.values()).most_common(1)[0][0]
-        others = {f"^{path}": rank for path, rank in ranks.items() if rank != most}
-        config = self.denoiser.peft_config[name]
-        config = replace(config, r=most, lora_alpha=most, rank_pattern=others, alpha_pattern=others, use_rslora=False)
-        return config, state
+        return plain_lora(self.denoiser, name)
 
     def save(self, family: PipelineFamily, folder: Path):
         """The average, as a LoRA of scale 1."""
@@ -269,9 +258,31 @@ def add_adapter(denoiser: nn.Module, config: LoraConfig, name: str):
 
 
 def adapter_state(denoiser: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """As `Roles.adapter_state`, of a denoiser that has no roles."""
+    """As `Roles.adapter_state`, of a network that has no roles."""
     state = get_peft_model_state_dict(denoiser, adapter_name=name)
     return {key: value.detach().clone() for key, value in state.items()}
+
+
+def plain_lora(network: nn.Module, name: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """As `Roles.plain_lora`, of any network."""
+    state, ranks = adapter_state(network, name), {}
+    for path, layer in network.named_modules():
+        if isinstance(layer, BaseTunerLayer) and name in layer.lora_A:
+            ranks[path] = layer.r[name]
+            for key in (f"{path}.lora_B.weight", f"{path}.lora_B.bias"):
+                if key in state:
+                    state[key] *= layer.scaling[name]
+    most = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{path}": rank for path, rank in ranks.items() if rank != most}
+    config = replace(
+        network.peft_config[name],
+        r=most,
+        lora_alpha=most,
+        rank_pattern=others,
+        alpha_pattern=others,
+        use_rslora=False,
+    )
+    return config, state
 
 
 def joined_config(config: LoraConfig, denoiser: nn.Module, teacher_state: dict[str, torch.Tensor]) -> LoraConfig:

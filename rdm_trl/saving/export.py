@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from ..demo import DEMO_PIPELINE
-from ..models.pipelines import family_of, read_pipeline
+from ..models.pipelines import base_in, family_of, read_pipeline
 
 
 FORMATS = ("diffusers", "kohya")
@@ -59,9 +59,12 @@ def export(
     output_dir.mkdir(parents=True, exist_ok=True)
     if format == "kohya":
         return export_kohya(weights, output_dir / f"{checkpoint.resolve().name}.safetensors")
+    loading = {"base_model": base}
     if base is None:
-        base = json.loads((checkpoint / "metrics.json").read_text())["settings"]["base_model"]
-    pipeline = read_pipeline(DEMO_PIPELINE if base == "rdm_trl.demo" else base, dtype)
+        loading = base_in(json.loads((checkpoint / "metrics.json").read_text())["settings"])
+    if loading["base_model"] == "rdm_trl.demo":
+        loading["base_model"] = DEMO_PIPELINE
+    pipeline = read_pipeline(dtype=dtype, **loading)
     fuse(pipeline, checkpoint).save_pretrained(output_dir)
     return output_dir
 
@@ -74,7 +77,7 @@ def fuse(pipeline: DiffusionPipeline, checkpoint: Path) -> DiffusionPipeline:
         pipeline.register_modules(**{family.denoiser_name: network.to(family.denoiser.device)})
     elif isinstance(pipeline, LoraBaseMixin):
         pipeline.load_lora_weights(checkpoint, weight_name=WEIGHTS[0])
-        pipeline.fuse_lora(components=[family.denoiser_name])
+        pipeline.fuse_lora(components=list(pipeline.get_list_adapters()))
         pipeline.unload_lora_weights()
     else:
         fused = PeftModel.from_pretrained(family.denoiser, str(checkpoint)).merge_and_unload()
@@ -97,5 +100,9 @@ def export_kohya(weights: Path, file: Path) -> Path:
     if any(key.startswith("unet.") for key in state):
         state = convert_state_dict_to_kohya(state)
         state = {key: value.float() if key.endswith(".alpha") else value for key, value in state.items()}
+        if not any(
+            key.startswith("lora_te2_") for key in state
+        ):  # Stable Diffusion 1 and 2 have one, without a number
+            state = {key.replace("lora_te1_", "lora_te_"): value for key, value in state.items()}
     save_file(state, file)
     return file

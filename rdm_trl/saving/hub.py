@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from ..config import RdmDistillConfig
 from ..evaluation import peak_memory_mb
+from ..models.pipelines.loading import Base, is_single_file
 from .pictures import card_picture, format_seconds, read_grid, student_seconds
 
 
@@ -32,7 +33,7 @@ How the run went, on one page: [report.html]({{ report }}).
 import torch
 from diffusers import {{ pipeline_class }}, {{ scheduler_class }}
 {{ lora_import }}{{ base_import }}
-pipe = {{ pipeline_class }}.from_pretrained({{ base }}{{ absent }}, dtype=torch.float32)
+pipe = {{ pipeline_class }}.{{ loader }}({{ base }}, dtype=torch.float32)
 {{ load_lora }}
 pipe.scheduler = {{ scheduler_class }}.from_pretrained({{ repo }}, subfolder="scheduler")
 image = {{ call }}.images[0]
@@ -108,6 +109,8 @@ def run_settings(trainer) -> dict[str, Any]:
         lora["lora_target_modules"] = layers if isinstance(layers, str) else sorted(layers)
     return {
         "base_model": "rdm_trl.demo" if trainer.is_demo else trainer.base_model,
+        "variant": trainer.variant,
+        "single_file_config": trainer.single_file_config,
         "teacher_lora": trainer.teacher_lora,
         "student_lora": trainer.student_lora,
         "num_processes": config.world_size,
@@ -143,6 +146,8 @@ def save_checkpoint(trainer, folder: Path):
 
 def base_licence(base: str) -> dict[str, str]:
     """What the base's own card says of its licence, if that card is in its folder or in the Hub's cache."""
+    if Path(base).is_file():
+        return {}
     readme = Path(base) / "README.md" if Path(base).is_dir() else try_to_load_from_cache(base, "README.md")
     if not isinstance(readme, (str, Path)) or not Path(readme).is_file():
         return {}
@@ -213,6 +218,9 @@ def write_card(
     if trainer.teacher_lora is not None:
         method += f". Its teacher was the base with the LoRA `{trainer.teacher_lora}`, whose style it carries"
     on_hub = base is not None and not Path(base).exists()  # the Hub accepts no path
+    loading = Base(base or "path/of/the/base", trainer.variant, trainer.single_file_config)
+    loader, base_code = ("from_pretrained", "DEMO_PIPELINE") if trainer.is_demo else loading.code(family.absent_code())
+    base_name = "rdm_trl's embedded Fashion-MNIST pipeline" if trainer.is_demo else base or "a pipeline of its own"
     card = ModelCard.from_template(
         ModelCardData(
             base_model=base if on_hub else None,
@@ -227,11 +235,11 @@ def write_card(
         kind=kind,
         name=name or repo.split("/")[-1],
         repo=repr(repo),
-        base=repr(base) if base else "DEMO_PIPELINE",
-        absent=family.absent_code(),
-        base_name=base or "rdm_trl's embedded Fashion-MNIST pipeline",
-        base_import="" if base else "from rdm_trl.demo import DEMO_PIPELINE  # a path\n",
-        pipeline_class=family.card_class,
+        loader=loader,
+        base=base_code,
+        base_name=base_name,
+        base_import="from rdm_trl.demo import DEMO_PIPELINE  # a path\n" if trainer.is_demo else "",
+        pipeline_class=type(family.pipeline).__name__ if is_single_file(base) else family.card_class,
         scheduler_class=type(family.student_scheduler).__name__,
         timesteps=family.student_scheduler.timesteps.tolist(),
         lora_import=lora_import,

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..config import RdmDistillConfig
 from ..guardrails import GUARDRAILS, drift_warnings
+from ..models.pipelines import Base
 from .pictures import format_seconds, read_grid, student_seconds
 
 
@@ -357,6 +358,9 @@ def figures_rows(runs: list[Run]) -> tuple[list[dict[str, str]], list[dict[str, 
     return head, table
 
 
+LORA_OPTIONS = ("lora_r", "lora_alpha", "lora_target_modules")
+
+
 def run_file(settings: dict[str, Any]) -> str:
     """The settings that are not the defaults, as a file for `--config` of `examples/train_gndm.py`."""
     known = RdmDistillConfig.__dataclass_fields__
@@ -368,7 +372,7 @@ def run_file(settings: dict[str, Any]) -> str:
             default = known[name].default
             if value != default and not (callable(known[name].default_factory) and value in (None, [], {})):
                 chosen[name] = value
-        elif name in ("teacher_lora", "student_lora", "lora_r", "lora_alpha", "lora_target_modules") and value:
+        elif name in (*Base._fields[1:], "teacher_lora", "student_lora", *LORA_OPTIONS) and value:
             if isinstance(value, list) or name != "lora_target_modules":
                 chosen[name] = value
         elif name == "full_finetuning" and value:

@@ -30,11 +30,11 @@ def test_the_scripts_options(tmp_path):
 def test_the_script_asks_for_the_bits_it_was_given(tmp_path, monkeypatch, bits):
     script = load_script("examples/train_gndm.py")
     asked = []
-    monkeypatch.setattr(script, "load_pipeline", lambda *args: asked.append(args))
+    monkeypatch.setattr(script, "load_pipeline", lambda *args, **files: asked.append((*args, files)))
     monkeypatch.setattr(script, "RdmDistillTrainer", lambda config, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         script.main(["--output_dir", str(tmp_path), "--model_name_or_path", "my/model", f"--load_in_{bits}bit"])
-    assert asked == [("my/model", torch.float32, bits)]
+    assert asked == [("my/model", torch.float32, bits, {"variant": None, "single_file_config": None})]
 
 
 def load_int8() -> DiffusionPipeline:

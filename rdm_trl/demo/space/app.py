@@ -28,7 +28,11 @@ def here(path: str) -> str:
 
 dtype = torch.bfloat16 if DEVICE == "cuda" and DEMO["bf16"] else torch.float32
 absent = dict.fromkeys(DEMO["absent"])
-pipe = DiffusionPipeline.from_pretrained(here(DEMO["base"]), dtype=dtype, **absent)
+if DEMO["single_file_class"]:
+    cls = getattr(diffusers, DEMO["single_file_class"])
+    pipe = cls.from_single_file(DEMO["base"], config=DEMO["config"], dtype=dtype, **absent)
+else:
+    pipe = DiffusionPipeline.from_pretrained(here(DEMO["base"]), dtype=dtype, variant=DEMO["variant"], **absent)
 pipe.set_progress_bar_config(disable=True)
 student = here("student")
 base_network = student_network = getattr(pipe, DEMO["denoiser"])
@@ -48,8 +52,9 @@ student_scheduler = getattr(diffusers, DEMO["scheduler"]).from_pretrained(studen
 
 
 def set_lora(name: str, strength: float):
-    """Uses one LoRA, scaled; at 0 the network is the base itself."""
-    for module in base_network.modules():
+    """Uses one LoRA, scaled; at 0 the networks are the base's own."""
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    for module in (module for network in networks for module in network.modules()):
         if isinstance(module, BaseTunerLayer):
             module.enable_adapters(strength != 0)
             if strength != 0:

@@ -41,6 +41,7 @@ class PipelineFamily:
         lora_target_modules (`list[str]`): layers that a default LoRA covers.
         latent_shape (`tuple[int]`): of one image's latents, in the form that the denoiser takes them.
         student_guidance_scale (`float`): `guidance_scale` of the student's plain pipeline call.
+        encoder_loras (`dict`): LoRAs, as (config, weights), that prompts are encoded with, by the encoders' names.
 
     Raises:
         ValueError: a size that the pipeline cannot draw, a component is missing, or the denoiser is conditioned on
@@ -85,6 +86,7 @@ class PipelineFamily:
         self.student_scheduler = None
         self.student_grid = {}
         self.offloads_encoders = False
+        self.encoder_loras = {}
 
     def check_conditions(self):
         """Raises `ValueError` for a denoiser that asks for more than the family gives it."""
@@ -334,12 +336,15 @@ class PipelineFamily:
 
     def save_lora(self, folder: str | Path, state: dict[str, torch.Tensor], metadata: dict[str, Any]):
         """
-        Writes `pytorch_lora_weights.safetensors`, as `load_lora_weights` of plain diffusers reads it; for a pipeline
-        without that method, `adapter_model.safetensors` and `adapter_config.json`, as peft's `from_pretrained` does.
+        Writes `pytorch_lora_weights.safetensors`, as `load_lora_weights` of plain diffusers reads it, with
+        `encoder_loras` beside the denoiser's; for a pipeline without that method, `adapter_model.safetensors` and
+        `adapter_config.json`, as peft's `from_pretrained` does.
         """
-        name = self.denoiser_name
         if isinstance(self.pipeline, LoraBaseMixin):
+            name = self.denoiser_name
             layers = {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": metadata}
+            for name, (config, of_encoder) in self.encoder_loras.items():
+                layers |= {f"{name}_lora_layers": of_encoder, f"{name}_lora_adapter_metadata": config.to_dict()}
             self.pipeline.save_lora_weights(folder, **layers)
         else:
             state = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
