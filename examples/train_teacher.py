@@ -6,8 +6,8 @@
 Trains all of `rdm_trl/demo/` from scratch on Fashion-MNIST: the classifier, then the autoencoder, then text encoder
 and the denoiser of a captioned latent diffusion pipeline, and reports how good they are. The stages `flow` and `dit`
 make two more teachers on the same autoencoder, which are not shipped: a flow-matching transformer, as Stable Diffusion
-3's, and a class-conditional DiT that predicts v. The stage `images` writes the training images with captions, as a data
-set for `--image_dataset` of train_gndm.py.
+3's, and a class-conditional DiT that predicts v. The stage `images` writes the training images with captions, as a
+data set for `--image_dataset` of train_gndm.py.
 
 python examples/train_teacher.py                                                # from the Hub
 python examples/train_teacher.py --dataset /usr/share/datasets/fashion-mnist    # from a folder of IDX files

@@ -9,6 +9,10 @@ from .method import adversarial
 from .real_images import RealImages
 
 
+# Learning rate of the head in units of the fake score's: that one begins as the teacher, the head knows nothing.
+RATE = 4.0
+
+
 class Adversary:
     """
     Learns, in the fake score's updates and on the same batches, to tell the student's images from real ones; and tells
@@ -39,11 +43,15 @@ class Adversary:
         self.head.to(device)
         self.score = None
 
+    @property
+    def learning_rate(self) -> float:
+        return RATE * self.trainer.args.fake_learning_rate
+
     def create_score(self):
-        """As the fake score's: its optimizer, learning rate and schedule."""
+        """The fake score's optimizer and schedule, at `RATE` times its learning rate."""
         args = self.trainer.args
         schedule = args.fake_lr_scheduler_type, args.fake_warmup_steps, args.max_steps * args.fake_updates
-        self.score = self.trainer.make_score(list(self.head.parameters()), "discriminator", *schedule)
+        self.score = self.trainer.make_score(list(self.head.parameters()), "discriminator", *schedule, RATE)
 
     def features(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]) -> list:
         """What the fake score's blocks make of `x_t` (B, ...), not by a compiled denoiser: hooks would break it."""

@@ -405,11 +405,11 @@ class RdmDistillTrainer(Trainer):
                 self.adversary.create_score()
         return self.optimizer
 
-    def make_score(self, parameters: list, name: str, schedule: str, warmup_steps: int, num_updates: int) -> FakeScore:
-        """What trains `parameters` beside the student, with an optimizer and a schedule of its own."""
+    def make_score(self, parameters: list, name: str, schedule: str, warmup_steps: int, num_updates: int, rate=1.0):
+        """What trains `parameters` beside the student, at `rate` times `fake_learning_rate`; see [`FakeScore`]."""
         args = self.args
         optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
-        kwargs["lr"] = args.fake_learning_rate
+        kwargs["lr"] = rate * args.fake_learning_rate
         optimizer = optimizer_class(parameters, weight_decay=args.weight_decay, **kwargs)
         scheduler = get_scheduler(schedule, optimizer, warmup_steps, num_updates)
         return FakeScore(parameters, optimizer, scheduler, args.max_grad_norm, name)

@@ -21,7 +21,7 @@ NUM_BLOCKS = 3
 WIDTH = 128
 # Of the finite differences, in standard deviations of x0: small, but well above what bfloat16 rounds off.
 R1_STEP = 0.1
-R1_WEIGHT = 1.0
+R1_WEIGHT = 0.1
 
 
 class Head(nn.Module):

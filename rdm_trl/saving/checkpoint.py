@@ -217,7 +217,7 @@ def load_training_state(folder: Path, trainer):
         use_learning_rate(trainer.lr_scheduler, args.learning_rate)
         use_learning_rate(trainer.fake_score.scheduler, args.fake_learning_rate)
         if trainer.adversary is not None:
-            use_learning_rate(trainer.adversary.score.scheduler, args.fake_learning_rate)
+            use_learning_rate(trainer.adversary.score.scheduler, trainer.adversary.learning_rate)
     if not args.resume_with_changes or mixed["mass"].shape == mixer.state["mass"].shape:
         mixer.load_state(mixed)
 
