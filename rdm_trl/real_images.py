@@ -79,6 +79,7 @@ class RealImages:
             "number": len(self.dataset),
             "column": self.column,
             "size": [family.height, family.width],
+            "latents": list(family.latent_shape),
             "pipeline": type(family.pipeline).__name__,
             "autoencoder": None if vae is None else [str(vae.dtype), fingerprint(vae.parameters())],
         }
