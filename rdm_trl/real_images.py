@@ -30,7 +30,8 @@ def load_images(name: str, column: str = "image") -> Dataset:
         dataset = load_from_disk(name) if saved else load_dataset(name, split="train")
         dataset = dataset["train"] if isinstance(dataset, DatasetDict) else dataset
     except Exception as error:  # of many kinds
-        raise ValueError(f"`image_dataset` {name!r} cannot be read: {type(error).__name__}: {error}") from error
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"`image_dataset` {name!r} cannot be read, or is empty: {said}") from error
     if column not in dataset.column_names:
         raise ValueError(
             f"`image_dataset` {name!r} has no column {column!r}; it has {', '.join(dataset.column_names) or 'none'}. "
@@ -39,8 +40,6 @@ def load_images(name: str, column: str = "image") -> Dataset:
     if not isinstance(dataset.features[column], Image):
         kind = type(dataset.features[column]).__name__
         raise ValueError(f"`image_column` is {column!r}, but that column of {name!r} holds no images: it is a {kind}.")
-    if len(dataset) == 0:
-        raise ValueError(f"`image_dataset` {name!r} is empty.")
     if "prompt" in dataset.column_names:
         check_captions(dataset["prompt"], "image_dataset")
     return dataset

@@ -337,8 +337,8 @@ def test_a_folder_of_images_and_splits(tmp_path):
         ),
         (dict(image_dataset="x"), "`image_dataset` is 'x', but `adversarial_weight` is 0"),
         (dict(adversarial_weight=-1.0, image_dataset="x"), "`adversarial_weight` is -1.0, but must be at least 0"),
-        (dict(adversarial_weight=1.0, image_dataset="/no/where"), "`image_dataset` '/no/where' cannot be read"),
-        (dict(adversarial_weight=1.0, image_dataset="empty"), "`image_dataset` '.*empty' is empty"),
+        (dict(adversarial_weight=1.0, image_dataset="/no/where"), "`image_dataset` '/no/where' cannot be read, or"),
+        (dict(adversarial_weight=1.0, image_dataset="empty"), "`image_dataset` '.*empty' cannot be read, or is empty"),
         (
             dict(adversarial_weight=1.0, image_dataset="good", image_column="picture"),
             "has no column 'picture'; it has",
