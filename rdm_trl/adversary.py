@@ -56,7 +56,10 @@ class Adversary:
     def features(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]) -> list:
         """What the fake score's blocks make of `x_t` (B, ...), not by a compiled denoiser: hooks would break it."""
         trainer, denoiser = self.trainer, self.trainer.model.denoiser
-        with trainer.model.use("fake"), trainer.accelerator.autocast(), adversarial.capture(self.blocks) as found:
+        # A block that is to be computed again for its gradient has to come to its own end.
+        stop = not (trainer.args.activation_checkpointing and torch.is_grad_enabled())
+        look = adversarial.capture(self.blocks, stop)
+        with trainer.model.use("fake"), trainer.accelerator.autocast(), look as found:
             trainer.family.denoise(
                 lambda *args, **kwargs: denoiser(*args, **kwargs, return_dict=False)[0], x_t, timesteps, condition
             )

@@ -87,9 +87,16 @@ def spread(blocks: list) -> list:
     return [blocks[i] for i in sorted({round(last * (k + 1) / (NUM_BLOCKS + 1)) for k in range(NUM_BLOCKS)})]
 
 
+class Seen(Exception):
+    """All that was looked for has been found."""
+
+
 @contextmanager
-def capture(blocks: list[nn.Module]):
-    """Inside the block, what the network's `blocks` put out is found in the list that it is given, in their order."""
+def capture(blocks: list[nn.Module], stop: bool = False):
+    """
+    Inside the block, what the network's `blocks` put out is found in the list that it is given, in their order. With
+    `stop` the network, and the block with it, ends behind the last of them: what follows is not asked for.
+    """
     found = [None] * len(blocks)
 
     def keep(i: int) -> Callable:
@@ -97,12 +104,16 @@ def capture(blocks: list[nn.Module]):
             # Of several streams diffusers' blocks return the image's last.
             tensors = [output] if isinstance(output, torch.Tensor) else output
             found[i] = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)][-1]
+            if stop and all(feature is not None for feature in found):
+                raise Seen
 
         return hook
 
     handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(blocks)]
     try:
         yield found
+    except Seen:
+        pass
     finally:
         for handle in handles:
             handle.remove()

@@ -124,6 +124,19 @@ def test_the_loss_at_known_log_odds():
     assert seen["adversarial/accuracy"] == 0.75 and seen["adversarial/fake"] == -2
 
 
+def test_a_network_is_left_behind_the_last_block_that_is_looked_at():
+    network, x_t, t = TinyDenoiser(), torch.randn(4, 2), torch.zeros(4)
+    with adversarial.capture([network.mid_block]) as whole:
+        network(x_t, t)
+    calls = []
+    network.last.register_forward_hook(lambda *_: calls.append(1))
+    with adversarial.capture([network.mid_block], stop=True) as found:
+        network(x_t, t)
+    assert not calls and torch.equal(found[0], whole[0])
+    network(x_t, t)  # no hook is left
+    assert calls
+
+
 def test_features_of_any_form():
     head = adversarial.Head([6, 5, 4])
     assert head([torch.randn(2, 6, 3, 3), torch.randn(2, 7, 5), torch.randn(2, 4)]).shape == (2,)
