@@ -6,7 +6,8 @@
 Trains all of `rdm_trl/demo/` from scratch on Fashion-MNIST: the classifier, then the autoencoder, then text encoder
 and the denoiser of a captioned latent diffusion pipeline, and reports how good they are. The stages `flow` and `dit`
 make two more teachers on the same autoencoder, which are not shipped: a flow-matching transformer, as Stable Diffusion
-3's, and a class-conditional DiT that predicts v.
+3's, and a class-conditional DiT that predicts v. The stage `images` writes the training images with captions, as a
+data set for `--image_dataset` of train_gndm.py.
 
 python examples/train_teacher.py                                                # from the Hub
 python examples/train_teacher.py --dataset /usr/share/datasets/fashion-mnist    # from a folder of IDX files
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -39,6 +41,7 @@ from diffusers import (
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
 from diffusers.utils import make_image_grid
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -72,12 +75,13 @@ def parse_args():
     parser.add_argument(
         "--stages",
         nargs="+",
-        choices=["classifier", "autoencoder", "denoiser", "report", "flow", "dit"],
+        choices=["classifier", "autoencoder", "denoiser", "report", "flow", "dit", "images"],
         default=["classifier", "autoencoder", "denoiser", "report"],
         help="which parts to make again; later ones load what earlier ones saved",
     )
     parser.add_argument("--flow_dir", type=Path, default=Path("outputs/flow_teacher"))
     parser.add_argument("--dit_dir", type=Path, default=Path("outputs/dit_teacher"))
+    parser.add_argument("--images_dir", type=Path, default=Path("outputs/fashion_mnist"))
     parser.add_argument("--classifier_epochs", type=int, default=6)
     parser.add_argument("--autoencoder_epochs", type=int, default=2)
     parser.add_argument("--denoiser_epochs", type=int, default=6)
@@ -446,6 +450,15 @@ def write_figures(figures, folder):
     print(json.dumps(figures, indent=2))
 
 
+def save_images(images, labels, folder):
+    """The images with a caption each, as a data set on disk."""
+    pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    phrasings = torch.randint(len(PHRASINGS), (len(labels),))
+    captions = [DEMO_PROMPTS[i] for i in (len(PHRASINGS) * labels + phrasings).tolist()]
+    rows = {"image": [Image.fromarray(image) for image in pixels], "prompt": captions}
+    Dataset.from_dict(rows).save_to_disk(folder)
+
+
 def main():
     args = parse_args()
     torch.set_num_threads(args.num_threads)
@@ -462,6 +475,8 @@ def main():
             train_denoiser(images, labels, args.denoiser_epochs, args.output_dir)
         elif stage == "report":
             report(*load_images(args.dataset, "test"), args.output_dir, args.seed)
+        elif stage == "images":
+            save_images(images, labels, args.images_dir)
         else:
             is_dit = stage == "dit"
             make, target = (train_dit, args.dit_dir) if is_dit else (train_flow, args.flow_dir)

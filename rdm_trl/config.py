@@ -1,16 +1,12 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 
-import math
-import os
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from pathlib import Path
-from typing import Any, get_args, get_origin
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ._trl import get_callable_name
+from .checks import check_adversarial, check_output_dir, check_type
 from .inherited import check_inherited, check_launcher
 
 
@@ -36,38 +32,6 @@ FAKE_SCHEDULES = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-
-
-def check_type(name: str, value: Any, kind: Any):
-    """Raises `TypeError` or, for numbers that are not finite, `ValueError` where `value` is no `kind`."""
-    if get_origin(kind) is list:
-        if not isinstance(value, list | tuple):
-            raise TypeError(f"`{name}` is {value!r}, but must be a list: [{value!r}].")
-        for element in value:
-            check_type(name, element, get_args(kind)[0])
-        return
-    if get_args(kind):  # a union
-        kinds = [option for option in get_args(kind) if option is not type(None)]
-        if not (value is None and len(kinds) < len(get_args(kind))):
-            check_type(name, value, kinds[0])
-        return
-    article = {int: "an integer", float: "a number", bool: "True or False", str: "text"}[kind]
-    allowed = {int: Integral, float: Real, bool: bool, str: str}[kind]
-    if not isinstance(value, allowed) or (kind is not bool and isinstance(value, bool)):
-        raise TypeError(f"`{name}` is {value!r}, but must be {article}.")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"`{name}` is {value}, but must be finite.")
-
-
-def check_output_dir(output_dir: str):
-    """Raises `ValueError` where no folder can be made or written there."""
-    path = Path(output_dir).absolute()
-    existing = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not existing.is_dir():
-        what = "a file" if existing == path else f"in a file, {existing}"
-        raise ValueError(f"`output_dir` is {what}: {output_dir}. Give a folder.")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"`output_dir` is {output_dir}, but {existing} is not writable. Give another folder.")
 
 
 @dataclass
@@ -236,6 +200,17 @@ class RdmDistillConfig(TrainingArguments):
             How `reward_mixing="sum"` makes one advantage of several black-box rewards, with GRPO's formulas:
             `"normalize_then_sum"`, or GRPO's own default `"sum_then_normalize"`, with which the reward of the largest
             scale wins. The sum then counts with the rewards' total weight. The other mixings normalise each reward.
+
+        > Parameters that control real images
+
+        adversarial_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of a discriminator's log-odds as a differentiable reward, which `reward_mixing` mixes like any
+            other: DMD2's with `"sum"`, else a share. `0` trains none.
+        image_dataset (`str`, *optional*):
+            Path or Hub id of a data set, or a folder of images: what the student's images are compared with. A column
+            `prompt`, where there is one, has their captions. Encoded once and kept in `teacher_cache_dir`.
+        image_column (`str`, *optional*, defaults to `"image"`):
+            Its column of images.
 
         > Parameters that control evaluation and logging
 
@@ -417,6 +392,11 @@ class RdmDistillConfig(TrainingArguments):
         metadata={"help": "Whose standard deviation divides the advantage.", "choices": ["group", "batch", "none"]},
     )
 
+    # Parameters that control real images
+    adversarial_weight: float = field(default=0.0, metadata={"help": "Weight of a discriminator's reward; 0: none."})
+    image_dataset: str | None = field(default=None, metadata={"help": "Data set or folder of real images."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+
     # Parameters that control evaluation and logging
     num_eval_images: int = field(default=1000, metadata={"help": "Images of each model that evaluation compares."})
     eval_feature_model: str | None = field(
@@ -481,6 +461,7 @@ class RdmDistillConfig(TrainingArguments):
             ("log_images_steps", 0),
             ("fake_warmup_steps", 0),
             ("dm_weight", 0),
+            ("adversarial_weight", 0),
             ("reward_warmup", 0),
             ("num_teacher_images", 0),
             ("target_updates", 1),
@@ -488,6 +469,7 @@ class RdmDistillConfig(TrainingArguments):
             if getattr(self, name) < smallest:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {smallest}.")
         self._check_guidance()
+        check_adversarial(self)
         if self.dm_normalization == "group" and self.num_generations < 2:
             raise ValueError(
                 "`dm_normalization='group'` needs `num_generations` of at least 2: one image has no group. Use "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .method import policy
+from .method.experience import Experience
 from .prompts import split_rows
 
 
@@ -103,3 +104,20 @@ def policy_loss(trainer, latents, timesteps, next_latents, log_probs, advantages
     loss = trainer.loss(advantages, epsilon, ratio)
     approx_kl = 0.5 * (log_prob - log_probs).square().mean()
     return loss, approx_kl, ((ratio - 1).abs() > epsilon).float().mean()
+
+
+def transition_loss(trainer, x0: torch.Tensor, experience: Experience, advantages: torch.Tensor) -> torch.Tensor:
+    """
+    Policy gradient of the rewards, `advantages` (B,), at the student's `x0` (B, ...), over the images whose exit step
+    has a stochastic transition behind it.
+    """
+    rollout = experience.rollout
+    rows = (rollout.exit_steps + 1 < len(rollout.timesteps)).nonzero().squeeze(1)
+    if len(rows) == 0:
+        return x0.sum() * 0
+    following = rollout.exit_steps[rows] + 1
+    action, next_timesteps = rollout.latents[rows, following], rollout.timesteps[following]
+    log_ratio = policy.log_ratio(action, x0[rows], rollout.x0[rows], next_timesteps, trainer.process)
+    ratio = policy.importance_ratio(log_ratio, trainer.args.importance_sampling_level)
+    # Counted over the whole batch, as the distribution-matching loss is.
+    return trainer.loss(advantages[rows], trainer.args.epsilon, ratio) * len(rows) / len(x0)

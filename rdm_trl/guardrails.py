@@ -36,11 +36,15 @@ GUARDRAILS = (
     Guardrail("grad_norm", "Gradient", "Spikes: lower the learning rate."),
     Guardrail("dm/kl", "Divergence from the teacher", "Above target_dm for long: the budget does not hold."),
     Guardrail("frac_reward_zero_std", "Groups without a reward signal", "1: the reward has no effect.", (0, 0.5)),
+    Guardrail("adversarial/accuracy", "Discriminator's accuracy", "Near 1 for long: it has won.", (0.4, 0.95)),
     Guardrail("ratio/mean", "Importance ratio", "1 within a few percent.", (0.95, 1.05)),
     Guardrail("ratio/clipped", "Clipped ratios", "High: fewer uses of a rollout.", (0, 0.2)),
     Guardrail("ratio/effective_samples", "Effective samples", "Low: few elements decide.", (0.9, 1)),
 )
 FAKE_ERROR = 10.0
+# Of the discriminator in so many logs in a row: more right than this, or log-odds of both sides closer than that.
+ADVERSARIAL_LOGS = 5
+WON, DIED = 0.98, 0.01
 
 
 def drift_warnings(history: list[dict[str, Any]]) -> dict[str, tuple[dict[str, Any], str]]:
@@ -49,9 +53,10 @@ def drift_warnings(history: list[dict[str, Any]]) -> dict[str, tuple[dict[str, A
 
     A figure warns that leaves its range around its first value: collapse and reward hacking show there before anyone
     looks at a picture. And `dm/fake_error`, where the direction is mostly the fake score's error, in three logs in a
-    row behind the first: at the start directions are next to nothing.
+    row behind the first: at the start directions are next to nothing. And `adversarial/accuracy`, where the
+    discriminator has won or died.
     """
-    found, first, errors = {}, {}, []
+    found, first, errors, judged = {}, {}, [], []
     for row in history:
         step = row.get("step") or 0
         for name, (low, high) in {rail.key: rail.healthy for rail in GUARDRAILS if rail.relative}.items():
@@ -67,6 +72,11 @@ def drift_warnings(history: list[dict[str, Any]]) -> dict[str, tuple[dict[str, A
                     f"value ({first[name]:.3g}). Look at the samples: lower the rewards' weights or `learning_rate`, "
                     "or use `reward_mixing='constrained'`.",
                 )
+        if row.get("adversarial/accuracy") is not None:
+            judged.append((row["adversarial/accuracy"], row["adversarial/real"] - row["adversarial/fake"]))
+            warning = discriminator_warning(judged[-ADVERSARIAL_LOGS:])
+            if warning is not None and "adversarial/accuracy" not in found:
+                found["adversarial/accuracy"] = (row, f"At step {step:.0f} {warning}")
         if row.get("dm/fake_error") is None:
             continue
         errors.append(row["dm/fake_error"])
@@ -90,3 +100,21 @@ def check_finite(name: str, values: torch.Tensor, step: int, prompts: list[str] 
             f"The {name} is not finite{where} at step {step}; no weight was changed. Lower `learning_rate` or "
             "`sample_guidance_scale`, or train in full precision."
         )
+
+
+def discriminator_warning(judged: list[tuple[float, float]]) -> str | None:
+    """What the last logs say, each an accuracy and how far the log-odds of real images are above the student's."""
+    if len(judged) < ADVERSARIAL_LOGS:
+        return None
+    if min(accuracy for accuracy, _ in judged) > WON:
+        return (
+            f"the discriminator has won: adversarial/accuracy is {judged[-1][0]:.3g}, and its gradient says little of "
+            "how to look real. Lower `fake_learning_rate`, and check that `image_dataset` is of what the prompts ask "
+            "for, in the same size and framing."
+        )
+    if max(abs(gap) for _, gap in judged) < DIED:
+        return (
+            f"the discriminator tells nothing apart: adversarial/real and adversarial/fake differ by "
+            f"{judged[-1][1]:.2g}. It has died, and teaches nothing: raise `fake_learning_rate`."
+        )
+    return None

@@ -226,7 +226,7 @@ def train(trainer, latents: torch.Tensor, prompts: list[str], unfinished: Path) 
 
     state = torch.load(unfinished, "cpu", weights_only=True) if main and unfinished.exists() else None
     state = broadcast_object_list([state])[0]
-    score = trainer.make_score(TARGET, "target", "constant", 0, args.target_updates)
+    score = trainer.make_score(trainer.model.adapter_parameters(TARGET), "target", "constant", 0, args.target_updates)
     hidden = args.disable_tqdm or not main
     with tqdm(desc="training the target", total=args.target_updates, disable=hidden) as bar:
 

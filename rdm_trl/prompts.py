@@ -235,10 +235,15 @@ def check_prompts(dataset: Dataset | None, name: str) -> Dataset:
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")
-    for i, prompt in enumerate(dataset["prompt"]):
+    check_captions(dataset["prompt"], name)
+    return dataset
+
+
+def check_captions(captions: Iterable[Any], name: str):
+    """Raises `ValueError` for a caption of the data set `name` that is no text."""
+    for i, prompt in enumerate(captions):
         if not isinstance(prompt, str):
             raise ValueError(f"`prompt` of row {i} of `{name}` is {prompt!r}, but must be text.")
-    return dataset
 
 
 def split_rows(rows: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:

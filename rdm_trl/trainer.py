@@ -16,9 +16,10 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, get_scheduler
 
 from . import evaluation, guidance
+from .adversary import Adversary
 from .callbacks import ImageTracker, StopOnSignalCallback, default_callbacks
 from .config import RdmDistillConfig
-from .ddpo import ask_black_boxes, compute_rewards, generate_samples, of_one, policy_loss
+from .ddpo import ask_black_boxes, compute_rewards, generate_samples, of_one, policy_loss, transition_loss
 from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
 from .guardrails import check_finite
 from .inherited import check_best_metric
@@ -157,6 +158,7 @@ class RdmDistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # `Roles.forward` takes any keyword, but no token count
         self.family.place(self.accelerator.device, config.offload_encoders)
         self.student_timesteps = self.student_scheduler.timesteps.to(self.accelerator.device)
+        self.adversary = Adversary(self) if config.adversarial_weight else None
         # Other noise on each process, from here on.
         set_seed(config.seed, device_specific=True)
 
@@ -311,6 +313,8 @@ class RdmDistillTrainer(Trainer):
         if asked:
             rewards, pushes, details = self.rewards.ask(answers, rollout.x0, self.family.decode, prompts, metadata)
             self._record(self.rewards.figures(gather(rewards)))
+        if self.adversary is not None and pushes is None:
+            pushes = []
         if self.state.global_step < args.reward_warmup:
             pushes = None
         if shows and self.is_world_process_zero():
@@ -341,7 +345,10 @@ class RdmDistillTrainer(Trainer):
         dm = distribution_matching_push(probe, experience, self.process, args)
         if experience.pushes is None:
             return Feedback(args.dm_weight * dm, torch.zeros(len(dm), device=dm.device))
-        feedback = self.rewards.mix(dm, experience.pushes, rollout, self.process, probe.reward)
+        adversarial = None
+        if self.adversary is not None:  # of what the student draws now, to the head of now: it needs no ratio
+            adversarial = self.adversary.push(x0, experience.noise, timesteps, experience.condition)
+        feedback = self.rewards.mix(dm, experience.pushes, rollout, self.process, probe.reward, adversarial)
         self._record(self.rewards.mixing_figures())
         return feedback
 
@@ -360,24 +367,11 @@ class RdmDistillTrainer(Trainer):
         experience, feedback, x0 = inputs["experience"], inputs["feedback"], inputs["x0"]
         loss = losses.student_loss(x0, feedback.direction)
         if self.rewards.black_boxes:
-            loss = loss + self._transition_loss(x0, experience, feedback.advantage)
+            loss = loss + transition_loss(self, x0, experience, feedback.advantage)
         # What this forward pass shows of the student is what its fake score has to know next.
         self._fake_batches.append((x0.detach(), experience.condition, experience.seen))
         self._record({"loss/student": loss})
         return (loss, x0) if return_outputs else loss
-
-    def _transition_loss(self, x0: torch.Tensor, experience: Experience, advantages: torch.Tensor) -> torch.Tensor:
-        """Policy gradient of the rewards, over the images whose exit step has a stochastic transition behind it."""
-        rollout = experience.rollout
-        rows = (rollout.exit_steps + 1 < len(rollout.timesteps)).nonzero().squeeze(1)
-        if len(rows) == 0:
-            return x0.sum() * 0
-        following = rollout.exit_steps[rows] + 1
-        action, next_timesteps = rollout.latents[rows, following], rollout.timesteps[following]
-        log_ratio = policy.log_ratio(action, x0[rows], rollout.x0[rows], next_timesteps, self.process)
-        ratio = policy.importance_ratio(log_ratio, self.args.importance_sampling_level)
-        # Counted over the whole batch, as the distribution-matching loss is.
-        return self.loss(advantages[rows], self.args.epsilon, ratio) * len(rows) / len(x0)
 
     def update_fake(self):
         """`fake_updates` denoising updates of the fake score on the student's latest images."""
@@ -388,6 +382,8 @@ class RdmDistillTrainer(Trainer):
 
         for _ in range(self.args.fake_updates):
             self._record({"loss/fake": self.fake_score.update(denoising_loss, self._fake_batches)})
+            if self.adversary is not None:
+                self._record(self.adversary.update(self._fake_batches))
         self._fake_batches.clear()
         self._record({"fake_learning_rate": self.fake_score.scheduler.get_last_lr()[0]})
 
@@ -407,14 +403,16 @@ class RdmDistillTrainer(Trainer):
             self.optimizer = optimizer_class(parameters, weight_decay=args.weight_decay, **kwargs)
         if self.fake_score is None:
             schedule = args.fake_lr_scheduler_type, args.fake_warmup_steps, args.max_steps * args.fake_updates
-            self.fake_score = self.make_score("fake", "fake score", *schedule)
+            self.fake_score = self.make_score(self.model.adapter_parameters("fake"), "fake score", *schedule)
+            if self.adversary is not None:
+                self.adversary.create_score()
         return self.optimizer
 
-    def make_score(self, role: str, name: str, schedule: str, warmup_steps: int, num_updates: int) -> FakeScore:
-        """What trains `role` by denoising, with an optimizer and a schedule of its own."""
-        args, parameters = self.args, self.model.adapter_parameters(role)
+    def make_score(self, parameters: list, name: str, schedule: str, warmup_steps: int, num_updates: int, rate=1.0):
+        """What trains `parameters` beside the student, at `rate` times `fake_learning_rate`; see [`FakeScore`]."""
+        args = self.args
         optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
-        kwargs["lr"] = args.fake_learning_rate
+        kwargs["lr"] = rate * args.fake_learning_rate
         optimizer = optimizer_class(parameters, weight_decay=args.weight_decay, **kwargs)
         scheduler = get_scheduler(schedule, optimizer, warmup_steps, num_updates)
         return FakeScore(parameters, optimizer, scheduler, args.max_grad_norm, name)

@@ -12,6 +12,7 @@ from conftest import load_script
 from diffusers import DiTPipeline
 
 from rdm_trl import demo, evaluation
+from rdm_trl.real_images import load_images, to_pixels
 
 
 FOLDER = Path(demo.__file__).parent
@@ -87,3 +88,11 @@ def test_the_dit_teacher_is_drawn_with_guidance_by_plain_diffusers(tmp_path):
         pipeline.get_label_ids(["a bag", "a dress"]), guidance_scale=2.0, num_inference_steps=2, output_type="pt"
     ).images
     assert images.shape == (2, 3, 32, 32) and images.isfinite().all()
+
+
+def test_the_training_images_are_written_as_the_discriminator_reads_them(tmp_path):
+    labels = torch.tensor([0, 5, 9])
+    load_script("examples/train_teacher.py").save_images(torch.ones(3, 3, 32, 32), labels, tmp_path / "images")
+    rows = load_images(str(tmp_path / "images"))
+    assert [demo.DEMO_PROMPT_CLASS[prompt] for prompt in rows["prompt"]] == labels.tolist()
+    assert (to_pixels(rows[0]["image"], 32, 32) == 1).all()

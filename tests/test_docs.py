@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, load_script, logs_of, make_config, make_trainer, redness
+from datasets import Dataset
 from PIL import Image
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer, config, guidance
@@ -134,13 +135,16 @@ def test_metrics_page_lists_every_key_that_is_logged_and_no_other(tmp_path):
 
     brightness.differentiable = True
     rewards = [redness, brightness]
-    trainer = RdmDistillTrainer(make_config(tmp_path, num_iterations=2), rewards)  # embedded, all figures
+    images = [Image.new("RGB", (32, 32), (40 * i,) * 3) for i in range(4)]
+    Dataset.from_dict({"image": images}).save_to_disk(tmp_path / "real")
+    real = dict(adversarial_weight=0.1, image_dataset=str(tmp_path / "real"))
+    trainer = RdmDistillTrainer(make_config(tmp_path, num_iterations=2, **real), rewards)  # embedded, all figures
     trainer.train()
     trainer.evaluate()
     summed = make_trainer(tmp_path, rewards, reward_mixing="sum")
     summed.train()
     logged = {
-        re.sub(r"^eval_(base|teacher)_", "eval_", re.sub("redness|brightness", "NAME", key))
+        re.sub(r"^eval_(base|teacher)_", "eval_", re.sub("redness|brightness|(?<=weight/)adversarial", "NAME", key))
         for key in {**logs_of(trainer), **logs_of(summed)}
     }
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")

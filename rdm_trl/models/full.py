@@ -43,6 +43,10 @@ class FullRoles(NetworkRoles):
         own = type(self.denoiser).forward.__get__(self.denoiser)
         self.denoiser.forward = own if role == TEACHER else self.networks[role].forward
 
+    def network(self, role: str) -> nn.Module:
+        """The copy of this role, or the teacher."""
+        return self.networks[role] if role in self.adapters else self.denoiser
+
     def adapter_parameters(self, *names: str) -> list[nn.Parameter]:
         """Parameters of the named copies, in a fixed order."""
         return [parameter for name in names for parameter in self.networks[name].parameters()]

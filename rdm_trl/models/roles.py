@@ -61,6 +61,10 @@ class NetworkRoles(nn.Module):
         """Makes `denoiser` play `role`, and `role` say so."""
         raise NotImplementedError
 
+    def network(self, role: str) -> nn.Module:
+        """The module whose layers run in this role."""
+        return self.denoiser
+
     def adapter_parameters(self, *names: str) -> list[nn.Parameter]:
         """Parameters of the named roles, in a fixed order."""
         raise NotImplementedError

@@ -89,9 +89,14 @@ class RewardPanel:
         as_one = config.reward_mixing == "sum" and bool(self.black_boxes)
         separate = self.differentiable if as_one else [*self.black_boxes, *self.differentiable]
         self.push_names = ["black_boxes"] * as_one + [self.names[i] for i in separate]
+        pushes = [sum(abs(weights[i]) for i in self.black_boxes)] * as_one + [weights[i] for i in separate]
+        if config.adversarial_weight:  # the trainer's own, behind all that `ask` gives
+            if "adversarial" in self.names:
+                raise ValueError("A reward is named 'adversarial', as the discriminator's is. Set its `__name__`.")
+            self.push_names, pushes = [*self.push_names, "adversarial"], [*pushes, config.adversarial_weight]
         self.mixer = Mixer(
             config.reward_mixing,
-            torch.tensor([sum(abs(weights[i]) for i in self.black_boxes)] * as_one + [weights[i] for i in separate]),
+            torch.tensor(pushes),
             config.dm_weight,
             config.sample_num_steps,
             config.target_dm,
@@ -166,12 +171,24 @@ class RewardPanel:
             pushes.append(push)
         return rewards, pushes, reward_metadata
 
-    def mix(self, dm: torch.Tensor, pushes: list, rollout: Rollout, process: NoiseProcess, dm_reward) -> Feedback:
-        """Distribution matching's direction `dm` (B, ...) and the rewards' pushes as one feedback; see `Mixer`."""
+    def mix(
+        self,
+        dm: torch.Tensor,
+        pushes: list,
+        rollout: Rollout,
+        process: NoiseProcess,
+        dm_reward,
+        adversarial: torch.Tensor | None = None,
+    ) -> Feedback:
+        """
+        Distribution matching's direction `dm` (B, ...), the rewards' pushes and the discriminator's as one feedback;
+        see `Mixer`. The last acts at all steps, at the noise levels where R_dm matches their images.
+        """
         if self.config.reward_gradient_steps is not None:
             late = rollout.exit_steps >= len(rollout.timesteps) - self.config.reward_gradient_steps
             late = late.view(-1, *(1,) * (dm.ndim - 1))
             pushes = [push if push.ndim == 1 else push * late for push in pushes]
+        pushes = pushes if adversarial is None else [*pushes, adversarial]
         scale = rollout.transition_scale(process)
         return self.mixer(dm, pushes, scale, rollout.exit_steps, dm_reward, lambda sums: reduce(sums, "sum"))
 

@@ -172,11 +172,13 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def save_training_state(folder: Path, trainer):
-    """All adapters, the fake score's optimizer and the mixing's running averages."""
+    """All adapters, the fake score's optimizer, the discriminator and the mixing's running averages."""
     states = {name: trainer.model.adapter_state(name) for name in trainer.model.adapters}
     adapters = {f"{name}.{key}": v.contiguous() for name, state in states.items() for key, v in state.items()}
     save_file(adapters, folder / "adapters.safetensors", metadata={TARGET: trainer.target_key or ""})
     torch.save(trainer.fake_score.state_dict(), folder / "fake_optimizer.pt")
+    if trainer.adversary is not None:
+        torch.save(trainer.adversary.state_dict(), folder / "discriminator.pt")
     save_file(trainer.rewards.mixer.state, folder / "mixer.safetensors")
 
 
@@ -225,10 +227,15 @@ def load_training_state(folder: Path, trainer):
     """
     state = torch.load(folder / "fake_optimizer.pt", map_location="cpu", weights_only=True)
     trainer.fake_score.load_state_dict(state)
+    found = folder / "discriminator.pt"
+    if trainer.adversary is not None and found.exists():  # else it begins anew: another run's settings, as all say
+        trainer.adversary.load_state_dict(torch.load(found, map_location="cpu", weights_only=True))
     args, mixer, mixed = trainer.args, trainer.rewards.mixer, load_file(folder / "mixer.safetensors")
     if args.resume_with_changes:
         use_learning_rate(trainer.lr_scheduler, args.learning_rate)
         use_learning_rate(trainer.fake_score.scheduler, args.fake_learning_rate)
+        if trainer.adversary is not None:
+            use_learning_rate(trainer.adversary.score.scheduler, trainer.adversary.learning_rate)
     if not args.resume_with_changes or mixed["mass"].shape == mixer.state["mass"].shape:
         mixer.load_state(mixed)
 

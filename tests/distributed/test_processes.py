@@ -34,7 +34,7 @@ def test_two_processes_are_one_with_accumulation(tmp_path):
     for key, value in first.items():
         assert torch.equal(second[key], value), key
         torch.testing.assert_close(alone[key], value, atol=1e-5, rtol=1e-5)
-    for role in ("student", "fake", "ema"):
+    for role in ("student", "fake", "ema", "head"):
         assert max((alone[key] - start[key]).abs().max() for key in start if key.startswith(role)) > 1e-4
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerState
 
@@ -40,10 +42,8 @@ def draw_by_batch(trainer):
         counts["batches"] += 1
         return prepare(rows)
 
-    def update_fake():
-        fake_update = trainer.fake_score.update
-
-        def with_seeds(loss_fn, batches):
+    def with_seeds(fake_update):
+        def seeded_update(loss_fn, batches):
             def seeded_loss(*batch):
                 seed(10_000, counts["fakes"])
                 counts["fakes"] += 1
@@ -51,9 +51,15 @@ def draw_by_batch(trainer):
 
             return fake_update(seeded_loss, batches)
 
-        trainer.fake_score.update = with_seeds
+        return seeded_update
+
+    def update_fake():
+        scores = [score for score in (trainer.fake_score, trainer.adversary and trainer.adversary.score) if score]
+        for score in scores:
+            score.update = with_seeds(score.update)
         update()
-        trainer.fake_score.update = fake_update
+        for score in scores:
+            del score.update
 
     trainer._prepare_inputs, trainer.update_fake = prepare_inputs, update_fake
     assert accumulation * args.world_size == 2
@@ -62,6 +68,8 @@ def draw_by_batch(trainer):
 def save(trainer, folder: Path, name: str, roles: tuple[str, ...] = ("student", "fake", "ema")):
     rank = trainer.accelerator.process_index
     adapters = {f"{role}.{key}": value for role in roles for key, value in trainer.model.adapter_state(role).items()}
+    if trainer.adversary is not None:
+        adapters |= {f"head.{key}": value for key, value in trainer.adversary.head.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapters, folder / f"{name}-{rank}-of-{trainer.accelerator.num_processes}.safetensors")
 
@@ -70,6 +78,13 @@ def same_samples(folder: Path):
     world = int(os.environ.get("WORLD_SIZE", 1))
     # Adam would blow up rounding errors where a gradient is almost zero.
     options = dict(optim="sgd", learning_rate=0.1, fake_learning_rate=0.1, num_iterations=2, max_steps=4)
+    images = [Image.new("RGB", (8, 8), (25 * i, 250 - 25 * i, 90)) for i in range(10)]
+    if int(os.environ.get("RANK", 0)) == 0:
+        Dataset.from_dict({"image": images}).save_to_disk(folder / f"real-{world}")
+    PartialState().wait_for_everyone()
+    # Summed: a share of so small a push would blow up rounding errors too.
+    real = str(folder / f"real-{world}")
+    options |= dict(adversarial_weight=20.0, image_dataset=real, reward_mixing="sum")
     trainer = make_trainer(folder / f"{world}", gradient_accumulation_steps=2 // world, **options)
     draw_by_batch(trainer)
     save(trainer, folder, "start")

@@ -261,6 +261,17 @@ class PipelineFamily:
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Latents (B, ...), float32, in the form that the denoiser takes them, of images (B, 3, H, W) in [0, 1]."""
+        config = self.pipeline.vae.config
+        return (self.encode_pixels(images) - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+    def encode_pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """What the autoencoder itself makes of images in [0, 1], float32; the middle of what it would draw from."""
+        vae = self.pipeline.vae
+        encoded = vae.encode((2 * images - 1).to(vae.dtype), return_dict=False)[0]
+        return (encoded if isinstance(encoded, torch.Tensor) else encoded.mode()).float()
+
     def call_arguments(self, prompts: list[str], guidance_scale: float, negative_prompt: str = "") -> dict[str, Any]:
         """Arguments of the pipeline's call, but for the number of steps, the generator and the output's type."""
         arguments = {"prompt": prompts, "guidance_scale": guidance_scale, **self.size, **self.prompt_limit}

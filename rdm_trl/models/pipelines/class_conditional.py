@@ -131,6 +131,10 @@ class UnconditionalFamily(PipelineFamily):
         images = (latents.float() / 2 + 0.5).clamp(0, 1)
         return images.expand(-1, 3, -1, -1)  # grey ones too
 
+    def encode_images(self, images):
+        grey = self.denoiser.config.in_channels == 1
+        return 2 * (images.mean(1, keepdim=True) if grey else images) - 1
+
     def sample(self, *args, **kwargs):
         return super().sample(*args, **kwargs).expand(-1, 3, -1, -1)
 

@@ -89,5 +89,9 @@ class FluxFamily(PipelineFamily):
         unpacked = self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)
         return super().decode(unpacked)
 
+    def encode_images(self, images):
+        latents = super().encode_images(images)
+        return self.pipeline._pack_latents(latents, *latents.shape)
+
     def call_arguments(self, prompts, guidance_scale, negative_prompt=""):
         return {"prompt": prompts, "guidance_scale": guidance_scale, **self.size, **self.prompt_limit}

@@ -97,5 +97,10 @@ class Flux2KleinFamily(PipelineFamily):
         images = vae.decode(pipeline._unpatchify_latents(latents), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
+    def encode_images(self, images):
+        mean, std = (value.float() for value in self.statistics())
+        latents = self.pipeline._patchify_latents(self.encode_pixels(images))
+        return self.pipeline._pack_latents((latents - mean) / std)
+
     def call_arguments(self, prompts, guidance_scale, negative_prompt=""):
         return {"prompt": prompts, "guidance_scale": guidance_scale, **self.size, **self.prompt_limit}

@@ -75,6 +75,13 @@ class QwenImageFamily(PipelineFamily):
         images = vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
+    def encode_images(self, images):
+        config = self.pipeline.vae.config
+        latents = self.encode_pixels(images[:, :, None])
+        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        latents = ((latents - mean) / std).transpose(1, 2)
+        return self.pipeline._pack_latents(latents, len(latents), *latents.shape[2:])
+
     def call_arguments(self, prompts, guidance_scale, negative_prompt=""):
         arguments = super().call_arguments(prompts, guidance_scale, negative_prompt)
         return {"true_cfg_scale": arguments.pop("guidance_scale"), **arguments}

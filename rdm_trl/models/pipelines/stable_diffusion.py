@@ -177,3 +177,10 @@ class StableDiffusionXLFamily(StableDiffusionFamily):
             return super().decode(latents)
         mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
         return super().decode(latents * std + mean * config.scaling_factor)
+
+    def encode_images(self, images):
+        config, latents = self.pipeline.vae.config, super().encode_images(images)
+        if config.latents_mean is None or config.latents_std is None:
+            return latents
+        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        return (latents - mean * config.scaling_factor) / std

@@ -1,0 +1,53 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""Checks of a config's values that are more than a comparison."""
+
+import math
+import os
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+
+def check_type(name: str, value: Any, kind: Any):
+    """Raises `TypeError` or, for numbers that are not finite, `ValueError` where `value` is no `kind`."""
+    if get_origin(kind) is list:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"`{name}` is {value!r}, but must be a list: [{value!r}].")
+        for element in value:
+            check_type(name, element, get_args(kind)[0])
+        return
+    if get_args(kind):  # a union
+        kinds = [option for option in get_args(kind) if option is not type(None)]
+        if not (value is None and len(kinds) < len(get_args(kind))):
+            check_type(name, value, kinds[0])
+        return
+    article = {int: "an integer", float: "a number", bool: "True or False", str: "text"}[kind]
+    allowed = {int: Integral, float: Real, bool: bool, str: str}[kind]
+    if not isinstance(value, allowed) or (kind is not bool and isinstance(value, bool)):
+        raise TypeError(f"`{name}` is {value!r}, but must be {article}.")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"`{name}` is {value}, but must be finite.")
+
+
+def check_output_dir(output_dir: str):
+    """Raises `ValueError` where no folder can be made or written there."""
+    path = Path(output_dir).absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not existing.is_dir():
+        what = "a file" if existing == path else f"in a file, {existing}"
+        raise ValueError(f"`output_dir` is {what}: {output_dir}. Give a folder.")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"`output_dir` is {output_dir}, but {existing} is not writable. Give another folder.")
+
+
+def check_adversarial(config):
+    """Raises `ValueError` for a discriminator without real images, or real images without one."""
+    if not config.adversarial_weight and config.image_dataset is not None:
+        raise ValueError(
+            f"`image_dataset` is {config.image_dataset!r}, but `adversarial_weight` is 0: real images act by the "
+            "discriminator alone. Set `adversarial_weight`, or leave `image_dataset` out."
+        )
+    if config.adversarial_weight and config.image_dataset is None:
+        raise ValueError(
+            f"`adversarial_weight` is {config.adversarial_weight}, but there are no real images: give `image_dataset`."
+        )
