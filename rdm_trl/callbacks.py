@@ -88,9 +88,8 @@ class SampleGridCallback(TrainerCallback):
             self.save(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if (
-            self.trainer.best_note and state.is_world_process_zero
-        ):  # the last update's student is not the one that stays
+        # The student that stays is not the last update's.
+        if self.trainer.best_note and state.is_world_process_zero:
             self.save(args, state)
 
     def save(self, args, state):

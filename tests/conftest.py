@@ -177,6 +177,12 @@ def tiny_pipeline():
     return make_tiny_pipeline()
 
 
+@pytest.fixture
+def offline(monkeypatch):
+    """No second asking of a Hub that is not there, with its waits between."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 MARKUP = 'a bag </script><b>bold</b> & "quoted" {{ 1 }}'
 
 

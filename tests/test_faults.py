@@ -252,7 +252,7 @@ def scheduled(scheduler):
         ),
     ],
 )
-def test_pipelines(tmp_path, pipeline, error, message):
+def test_pipelines(offline, tmp_path, pipeline, error, message):
     pipeline = pipeline()
     with refused(error, message, tmp_path):
         make_trainer(tmp_path, pipeline=pipeline)
@@ -448,6 +448,7 @@ def test_a_reward_may_do_what_it_likes_to_its_input():
     class Config:
         reward_timeout = reward_weights = target_dm = None
         reward_gradients, reward_mixing, num_generations, dm_weight, sample_num_steps = True, "sum", 3, 1.0, 4
+        adversarial_weight = 0.0
 
     images = torch.rand(3, 3, 8, 8)
     score = RewardPanel([spoils, watches], Config()).score

@@ -12,7 +12,7 @@ from rdm_trl.models.pipelines import load_pipeline
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
 @pytest.mark.parametrize("bits", [8, 4])
-def test_without_its_backend_there_is_a_clear_error(bits):
+def test_without_its_backend_there_is_a_clear_error(offline, bits):
     with pytest.raises(RuntimeError, match=rf"cannot be loaded in {bits} bits: .*rdm_trl\[quantization\]"):
         load_pipeline(DEMO_PIPELINE, torch.float32, bits)
     with pytest.raises(OSError, match="'no/pipeline' cannot be loaded"):

@@ -239,7 +239,7 @@ def test_clip_rewards(tiny_clip, tmp_path):
     assert large.grad[:, :, :, 12:28].abs().sum() > 0 and large.grad[:, :, :, :4].abs().sum() == 0
 
 
-def test_models_that_cannot_be_loaded_are_named(tmp_path):
+def test_models_that_cannot_be_loaded_are_named(offline, tmp_path):
     for reward in ("clip_score", "hps_v2", "image_reward", "aesthetic", "classifier"):
         with pytest.raises(OSError, match=f"The reward '{reward}' cannot load '{tmp_path}'"):
             resolve_reward(f"{reward}:{tmp_path}")(IMAGES, PROMPTS, None)

@@ -184,12 +184,12 @@ def load_pipeline(
 
 def variants_of(base_model: str | Path) -> list[str]:
     """The variants of a folder, or of a repository in the Hub's cache, that has a component in variants alone."""
-    folder = Path(base_model)
-    if not folder.is_dir():
-        try:
+    try:
+        folder = Path(str(base_model))
+        if not folder.is_dir():
             folder = Path(snapshot_download(str(base_model), local_files_only=True))
-        except Exception:  # not there, or no id of the Hub
-            return []
+    except Exception:  # not there, or neither a path nor an id of the Hub
+        return []
     variants = set()
     for component in {file.parent for file in folder.glob("*/*.safetensors")}:
         # `model.safetensors`, `model-00001-of-00002.safetensors`, `model.fp16.safetensors`, ...
