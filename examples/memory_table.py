@@ -4,7 +4,8 @@
 # ///
 """
 What `rdm-trl plan` says of well-known models, without their files: the architectures are typed in here, from the
-models' published configurations. Prints the table of docs/recipes.md. An estimate, not run on a GPU.
+models' published configurations. Prints the tables of docs/recipes.md and, for several GPUs, of docs/scaling.md.
+Estimates, not run on a GPU.
 
 python examples/memory_table.py
 """
@@ -12,10 +13,13 @@ python examples/memory_table.py
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -37,6 +41,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -49,6 +54,7 @@ from rdm_trl.plan import GIB, choose, tensors_of
 
 
 CARDS = (24, 48, 80)
+NUM_GPUS = (2, 4, 8)
 # Only the number of tokens matters, to which every tokenizer pads.
 TOKENIZER = CLIPTokenizer.from_pretrained(DEMO_PIPELINE, subfolder="tokenizer", model_max_length=77)
 
@@ -143,6 +149,16 @@ def qwen_image() -> DiffusionPipeline:
     return QwenImagePipeline(scheduler, AutoencoderKLQwenImage(), encoder, TOKENIZER, QwenImageTransformer2DModel())
 
 
+def flux2_klein() -> DiffusionPipeline:
+    """Of the two sizes, the 9 B one."""
+    sizes = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, head_dim=128, vocab_size=151936)
+    text = Qwen3ForCausalLM(Qwen3Config(num_attention_heads=32, num_key_value_heads=8, **sizes))
+    heads = dict(num_attention_heads=32, joint_attention_dim=3 * 4096, guidance_embeds=False)
+    transformer = Flux2Transformer2DModel(num_layers=8, num_single_layers=24, **heads)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return Flux2KleinPipeline(scheduler, AutoencoderKLFlux2(), text, TOKENIZER, transformer)
+
+
 MODELS = {
     "Stable Diffusion 1.5": sd15,
     "Stable Diffusion XL": sdxl,
@@ -150,7 +166,9 @@ MODELS = {
     "FLUX.1-dev": flux1_dev,
     "Z-Image": z_image,
     "Qwen-Image": qwen_image,
+    "FLUX.2 klein 9B": flux2_klein,
 }
+LARGE = ("FLUX.1-dev", "Qwen-Image", "FLUX.2 klein 9B")
 
 
 def without_weights(make) -> DiffusionPipeline:
@@ -163,19 +181,29 @@ def billions(*modules: torch.nn.Module) -> float:
     return sum(tensor.numel() for tensor in tensors_of(*modules)) / 1e9
 
 
+def cell(make, card: int, num_gpus: int = 1) -> str:
+    """The need in GiB and the first settings that fit."""
+    memory, settings, fits = choose(lambda: without_weights(make), card, num_gpus)
+    names = {"activation_checkpointing": "checkpointing", "offload_encoders": "offload"}
+    chosen = [str(settings["per_device_train_batch_size"]), *(v for k, v in names.items() if settings[k])]
+    chosen += [memory.base] * (memory.base != "whole")
+    need = f"{memory.total / GIB:.1f}"
+    return f"{need}: {', '.join(chosen)}" if fits else f"no ({need})"
+
+
 def main():
     logging.set_verbosity_error()
-    lines = ["| model | denoiser | encoders | " + " | ".join(f"{card} GiB" for card in CARDS) + " |", "|---" * 6 + "|"]
+    cards = " | ".join(f"{card} GiB" for card in CARDS)
+    lines = [f"| model | denoiser | encoders | {cards} |", "|---" * (3 + len(CARDS)) + "|"]
     for name, make in tqdm(MODELS.items(), desc="models"):
         family = family_of(without_weights(make))
         cells = [name, f"{billions(family.denoiser):.2f} B", f"{billions(*family.encoders()):.2f} B"]
-        for card in CARDS:
-            memory, settings, fits = choose(lambda make=make: without_weights(make), card)
-            names = {"activation_checkpointing": "checkpointing", "offload_encoders": "offload"}
-            chosen = [str(settings["per_device_train_batch_size"]), *(v for k, v in names.items() if settings[k])]
-            need = f"{memory.total / GIB:.1f}"
-            cells.append(f"{need}: {', '.join(chosen)}" if fits else f"no ({need})")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(cells + [cell(make, card) for card in CARDS]) + " |")
+    lines += ["", f"| model | GPUs | {cards} |", "|---" * (2 + len(CARDS)) + "|"]
+    for name in tqdm(LARGE, desc="on several GPUs"):
+        for num_gpus in NUM_GPUS:
+            cells = [name, str(num_gpus), *(cell(MODELS[name], card, num_gpus) for card in CARDS)]
+            lines.append("| " + " | ".join(cells) + " |")
     print("\n".join(lines))
 
 

@@ -84,12 +84,13 @@ class SampleGridCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         every = args.log_images_steps
         last = state.global_step == state.max_steps
-        if every and state.is_world_process_zero and (last or state.global_step % every == 0):
+        draws = state.is_world_process_zero or self.trainer.model.sharded
+        if every and draws and (last or state.global_step % every == 0):
             self.save(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
         # The student that stays is not the last update's.
-        if self.trainer.best_note and state.is_world_process_zero:
+        if self.trainer.best_note and (state.is_world_process_zero or self.trainer.model.sharded):
             self.save(args, state)
 
     def save(self, args, state):
@@ -109,6 +110,8 @@ class SampleGridCallback(TrainerCallback):
                 columns[title] = [images[i : i + each] for i in range(0, len(images), each)]
                 if who != "student":
                     self.constant_columns[title] = columns[title]
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         picture = comparison_grid(columns, prompts)
@@ -162,6 +165,16 @@ class StopOnSignalCallback(TrainerCallback):
 def default_callbacks(trainer) -> list[TrainerCallback]:
     """What every run does beside its updates, in this order: the report shows the grid that was drawn before it."""
     return [EmaCallback(), DriftWarningCallback(), SampleGridCallback(trainer), ReportCallback(trainer)]
+
+
+def mean_figures(records: dict[str, list[torch.Tensor]], accelerator) -> dict[str, float]:
+    """What is logged of what the updates since the last log have recorded, over all processes."""
+    device = accelerator.device
+    means = torch.stack([torch.stack([v.to(device) for v in vs]).double().nanmean() for vs in records.values()])
+    figures = dict(zip(records, accelerator.reduce(means, "mean").tolist(), strict=True))
+    if "dm/fake_error" in figures:  # a ratio of means: single updates are noisy, and the first directions are 0
+        figures["dm/fake_error"] /= figures.pop("dm/direction_square") + 1e-12
+    return figures
 
 
 class ImageTracker:

@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None):
         metavar="DIR",
         help="of a single file: a pipeline of the same kind, for its configuration",
     )
-    planner.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="of the device")
+    planner.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="of each device")
+    planner.add_argument("--num-gpus", type=int, default=1, metavar="N", help="devices that train together")
     planner.add_argument("--lora-r", type=int, default=32, help="rank of the adapters")
     planner.add_argument("--height", type=int, help="of the images in pixels; the pipeline's own by default")
     planner.add_argument("--width", type=int)
@@ -65,8 +66,8 @@ def main(argv: list[str] | None = None):
         dtype = getattr(torch, args.dtype)
         print(export(args.checkpoint, args.output_dir, args.format, base=args.base, dtype=dtype))
         return
-    size = {"height": args.height, "width": args.width}
-    print(plan(args.model, args.gpu_memory, args.single_file_config, lora_r=args.lora_r, **size))
+    size = {"height": args.height, "width": args.width, "lora_r": args.lora_r}
+    print(plan(args.model, args.gpu_memory, args.num_gpus, args.single_file_config, **size))
 
 
 if __name__ == "__main__":

@@ -539,6 +539,12 @@ class RdmDistillConfig(TrainingArguments):
         """Prompts of all processes that are drawn before one of their rollouts is used again."""
         return self.per_device_train_batch_size // self.num_generations * self.world_size * self.steps_per_generation
 
+    @property
+    def prompts_in_all(self) -> int:
+        """Prompts of all processes that the run draws, used rollouts counted once."""
+        updates = -(-self.max_steps * self.gradient_accumulation_steps // self.num_iterations)
+        return -(-updates // self.steps_per_generation) * self.prompts_per_generation
+
     def _check_guidance(self):
         if self.num_teacher_images == 0:
             return

@@ -148,7 +148,7 @@ def draw(
         "student": ("ema", trainer.student_scheduler, args.sample_num_steps, unguided),
     }[who]
     seed = args.seed if seed is None else seed
-    title = None if args.disable_tqdm else description
+    title = None if args.disable_tqdm or not trainer.is_world_process_zero() else description
     with trainer.model.use(role), trainer.accelerator.autocast():
         if who != "student":
             return kept_images(trainer, prompts, num_steps, guidance_scale, seed, title)
@@ -163,7 +163,8 @@ def draw(
 def measure(trainer, dataset: Dataset):
     """
     Fills `trainer.metrics` for `num_eval_images` images of the prompts in turn, `num_generations` of each; the
-    teacher's and the base's figures only once, since they never change.
+    teacher's and the base's figures only once, since they never change. Called by the main process, and in shards by
+    all, whose part is to draw with it.
     """
     args, (all_prompts, all_metadata) = trainer.args, split_rows(list(dataset))
     chosen = [i % len(all_prompts) for i in range(-(-args.num_eval_images // args.num_generations))]
@@ -173,11 +174,13 @@ def measure(trainer, dataset: Dataset):
         if who != "student" and trainer._measured.get(who) == prompts:
             continue
         images, seconds = draw(trainer, who, prompts, f"evaluating the {who}", None)
+        trainer._measured[who] = prompts
+        if not trainer.is_world_process_zero():
+            continue
         trainer.cost.setdefault("seconds_per_image", {})[who] = seconds
         rewards, _ = scores_of(trainer, images, prompts, metadata)
         named = dict(zip(trainer.rewards.names, rewards.nanmean(0).tolist(), strict=True))
         trainer.metrics[who] = {**trainer.judge(who, images, prompts), "rewards": named}
-        trainer._measured[who] = prompts
     trainer.metrics["note"] = f"{len(prompts)} images of each model, seed {args.seed}, {machine()}.{trainer.best_note}"
 
 

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from .method import target
 from .models.roles import TARGET, TEACHER
 from .prompts import fingerprint, write_tensors
+from .saving import checkpoint
 
 
 logger = logging.get_logger(__name__)
@@ -73,21 +74,23 @@ def kept_images(
     """
     args, family, size = trainer.args, trainer.family, trainer.args.per_device_eval_batch_size
     settings, folder = describe(trainer, num_steps, guidance_scale), cache_of(args) / "evaluated"
-    images, seconds, device = [], 0.0, family.denoiser.device
+    images, seconds, device, sharded = [], 0.0, family.denoiser.device, trainer.model.sharded
     for i, start in enumerate(tqdm(range(0, len(prompts), size), desc=title, disable=title is None)):
         chunk = prompts[start : start + size]
         key = digest(description({**settings, "prompts": chunk, "seed": seed + i, "device": device.type}))
         file = folder / f"{key}.safetensors"
-        if file.exists():
-            kept = load_file(file)
-        else:
+        kept = load_file(file) if file.exists() else None
+        if sharded:  # one process reads and writes for all, who draw together or not at all
+            kept = broadcast_object_list([kept])[0]
+        if kept is None:
             begin = time.perf_counter()
             draw = num_steps, guidance_scale, args.negative_prompts, torch.Generator().manual_seed(seed + i)
             latents = family.sample_latents(family.pipeline.scheduler, chunk, *draw).cpu()
             kept = {"latents": latents, "seconds": torch.tensor(time.perf_counter() - begin)}
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_tensors(file, kept)
+                if trainer.is_world_process_zero():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_tensors(file, kept)
             except OSError as error:
                 logger.warning_once(
                     f"The teacher's images cannot be kept in {folder}, and will be drawn again by the next run: "
@@ -141,7 +144,9 @@ class GuidedImages:
         for start in range(0, len(missing), size * args.world_size):
             turn = missing[start : start + size * args.world_size]
             own = turn[rank * size : (rank + 1) * size]
-            drawn = gather_object(list(zip(own, self.draw(own), strict=True)))
+            # In shards all take part in every pass: who has no share left, draws what another does.
+            drawn = self.draw(own or turn[: int(trainer.model.sharded)])
+            drawn = gather_object(list(zip(own, drawn, strict=False)))
             for i, latents in drawn:
                 images[i] = latents
                 if main:
@@ -180,6 +185,16 @@ def key_of_target(trainer, images: GuidedImages) -> str:
         target.SEED,
     ]
     return f"{images.key}-{digest(description(what))}"
+
+
+def absorb_for(trainer, resumed_from: str | None):
+    """`RdmDistillTrainer.absorb_guidance`: nothing is done where the target is there, or in the checkpoint."""
+    images = GuidedImages(trainer)
+    key = key_of_target(trainer, images)
+    known = trainer.target_key if resumed_from is None else checkpoint.key_of_target(Path(resumed_from))
+    if known != key:
+        absorb_guidance(trainer, images, key)
+    trainer.target_key = key
 
 
 def absorb_guidance(trainer, images: GuidedImages, key: str):

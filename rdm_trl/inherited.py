@@ -7,6 +7,9 @@ from dataclasses import MISSING
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
+from .models import sharding
+from .models.sharding import FSDP2
+
 
 # Options of `TrainingArguments` that would be without effect here, or fail: any value but the default is refused.
 REFUSED = {
@@ -32,7 +35,7 @@ REFUSED = {
     "train_sampling_strategy": "prompts are drawn in groups, in an order of our own",
     "length_column_name": "prompts are drawn in groups, in an order of our own",
     "dataloader_drop_last": "batches are always complete",
-    "fsdp_config": "FSDP is not supported; docs/scaling.md says why",
+    "fsdp_config": "FSDP is switched on by accelerate's configuration; docs/scaling.md shows it",
     "do_train": "it is for scripts, and ours trains",
     "do_predict": "it is for scripts, and ours does not read it",
     "do_eval": "it is for scripts; `eval_strategy` says when to evaluate",
@@ -77,8 +80,9 @@ def check_inherited(config: TrainingArguments):
             "`enable_jit_checkpoint` must stay off: it saves in the middle of an update. SIGTERM ends a run behind "
             "its update anyway, with a checkpoint."
         )
+    if config.fsdp:
+        raise ValueError(f"`fsdp` must be left out: shards are switched on by {FSDP2}.")
     for engine, given, flag in (
-        ("FSDP", config.fsdp, "ACCELERATE_USE_FSDP"),
         ("DeepSpeed", config.deepspeed, "ACCELERATE_USE_DEEPSPEED"),
         ("Megatron-LM", None, "ACCELERATE_USE_MEGATRON_LM"),
         ("accelerate's model parallelism", config.parallelism_config, "ACCELERATE_USE_PARALLELISM_CONFIG"),
@@ -86,8 +90,8 @@ def check_inherited(config: TrainingArguments):
         if given or parse_flag_from_env(flag):
             raise ValueError(
                 f"{engine} is not supported: the fake score is trained beside the wrapped student, where its "
-                "weights would stay in shards. Use DDP (`accelerate launch --num_processes N`); docs/scaling.md "
-                "says what to do where the base does not fit."
+                "weights would stay in shards. Use DDP (`accelerate launch --num_processes N`), or where the base "
+                f"does not fit FSDP2, by {FSDP2}."
             )
     choose_best_metric(config)
 
@@ -128,6 +132,12 @@ def check_launcher(config: TrainingArguments):
     if config.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"accelerate's `mixed_precision` is {config.mixed_precision!r}, but must be 'no' or 'bf16'.")
     config.bf16 = config.mixed_precision == "bf16"
+    sharding.check_launcher(config.torch_compile)
+    if sharding.is_asked_for() and config.adversarial_weight:
+        raise ValueError(
+            "`adversarial_weight` cannot be had with FSDP: the discriminator ends its passes in the middle of the "
+            "base. Leave one of them out."
+        )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no" and not config.torch_compile:
         raise ValueError(f"accelerate's `dynamo_backend` is {backend!r}: use `torch_compile`, for all roles.")

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .models.pipelines import PipelineFamily, family_of
 from .models.pipelines.loading import is_single_file, single_file_folder
 from .models.roles import ADAPTERS, Roles
+from .models.sharding import blocks_of
 
 
 GIB = 2**30
@@ -32,10 +33,12 @@ class Memory:
 
     Args:
         denoiser, encoders, others: weights in bfloat16; `encoders` are 0 where they are offloaded, and `others` is the
-            autoencoder.
+            autoencoder. In shards `denoiser` is the device's part, and the block that is whole while it runs.
         adapters: student, fake score, average and target in float32, with the gradients and AdamW states of the first
             two.
-        activations: what the student's forward pass keeps for its backward pass.
+        activations: what the student's forward pass keeps for its backward pass. Where encoders are offloaded and
+            larger, their size: they are on the device before that pass.
+        base (`str`): how the denoiser is held, a key of `sizes_of_base`.
     """
 
     denoiser: int
@@ -43,6 +46,7 @@ class Memory:
     others: int
     adapters: int
     activations: int
+    base: str = "whole"
 
     @property
     def total(self) -> int:
@@ -106,6 +110,47 @@ def tensors_of(*modules: torch.nn.Module) -> list[torch.Tensor]:
 
 def size_of(*modules: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(*modules))
+
+
+def shard_size(denoiser: torch.nn.Module, num_gpus: int) -> int:
+    """
+    Bytes that a process holds of the parameters of `denoiser`, which has no adapters, where they are in shards: parts
+    of their first dimensions, here the first process's, which are the largest.
+    """
+    rows = [(-(-len(p) // num_gpus), p.nbytes // len(p)) for p in denoiser.parameters()]
+    return sum(number * size for number, size in rows)
+
+
+def gathered_size(denoiser: torch.nn.Module) -> int:
+    """
+    Bytes of parameters in shards that are whole while a block runs: those outside of all blocks, the block's and those
+    of what it stands in, and once more as much for the next one, which is fetched meanwhile.
+    """
+    blocks = {*blocks_of(denoiser)}
+
+    def sizes(module: torch.nn.Module) -> tuple[int, int]:
+        """Of its own, and the largest of what the blocks in it gather."""
+        own, below = sum(p.nbytes for p in module.parameters(recurse=False)), 0
+        for child in module.children():
+            size, deeper = sizes(child)
+            own, below = (own, max(below, size + deeper)) if child in blocks else (own + size, max(below, deeper))
+        return own, below
+
+    own, below = sizes(denoiser)
+    return own + 2 * below
+
+
+def sizes_of_base(denoiser: torch.nn.Module, num_gpus: int = 1) -> dict[str, int]:
+    """Bytes on a device of `denoiser`, in bfloat16 and without adapters, by how it is held: what costs least first."""
+    whole = size_of(denoiser)
+    sizes = {"whole": whole}
+    if num_gpus > 1 and denoiser._no_split_modules:
+        buffers = whole - sum(p.nbytes for p in denoiser.parameters())
+        sizes["shards"] = buffers + shard_size(denoiser, num_gpus) + gathered_size(denoiser)
+    linear = sum(m.weight.numel() for m in denoiser.modules() if isinstance(m, torch.nn.Linear))
+    sizes["8 bits"] = whole - linear
+    sizes["4 bits"] = whole - int((2 - 0.5 - 4 / 64) * linear)  # NF4, and a float32 for each 64 weights
+    return sizes
 
 
 class FlashAttention(torch.autograd.Function):
@@ -181,54 +226,66 @@ def memory_of(
     return Memory(denoiser, encoders, others, adapters, saved_activations(family, roles, batch_size))
 
 
-def choose(load: Callable[[], DiffusionPipeline], gpu_memory: float, **options) -> tuple[Memory, dict, bool]:
+def choose(
+    load: Callable[[], DiffusionPipeline], gpu_memory: float, num_gpus: int = 1, **options
+) -> tuple[Memory, dict, bool]:
     """
     The first settings that fit, from fast to frugal; what they need; and whether they do fit, the last ones may not.
 
     Args:
         load (`Callable`): gives the pipeline without its weights, a new one each time.
-        gpu_memory (`float`): of the device, in GiB.
+        gpu_memory (`float`): of each device, in GiB.
+        num_gpus (`int`, *optional*, defaults to 1): processes that train together, and may share the base.
         **options: `lora_r`, `height` and `width` of `memory_of`.
     """
+    bases = sizes_of_base(family_of(load()).denoiser, num_gpus)
     with_four = {checkpointing: memory_of(load(), 4, checkpointing, **options) for checkpointing in (False, True)}
-    # Encoders are moved only where nothing else helps.
-    for offload, batch_size, checkpointing in product((False, True), (32, 16, 8, 4), (False, True)):
+    batch_sizes = [size for size in (32, 16, 8) if size * num_gpus <= 32] + [4]
+    # Encoders are moved only where nothing else helps, and the base is held otherwise only where that does not help.
+    for base, offload, batch_size, checkpointing in product(bases, (False, True), batch_sizes, (False, True)):
         four = with_four[checkpointing]
-        encoders, activations = 0 if offload else four.encoders, four.activations * batch_size // 4
-        memory = replace(four, encoders=encoders, activations=activations)
+        encoders, activations = four.encoders, four.activations * batch_size // 4
+        if offload:
+            encoders, activations = 0, max(activations, encoders)
+        memory = replace(four, denoiser=bases[base], encoders=encoders, activations=activations, base=base)
         if fits := memory.total <= gpu_memory * GIB:
             break
     settings = {
         "per_device_train_batch_size": batch_size,
         "num_generations": 4,
-        "gradient_accumulation_steps": 32 // batch_size,
+        "gradient_accumulation_steps": max(1, 32 // (batch_size * num_gpus)),
         "activation_checkpointing": checkpointing,
         "offload_encoders": offload,
         "bf16": True,
     }
+    if base in ("8 bits", "4 bits"):
+        settings[f"load_in_{base[0]}bit"] = True
     return memory, settings, fits
 
 
-def plan(model: str, gpu_memory: float, single_file_config: str | None = None, **options) -> str:
+def plan(model: str, gpu_memory: float, num_gpus: int = 1, single_file_config: str | None = None, **options) -> str:
     """
     The settings that would fit, and what they need, as text.
 
     Args:
         model (`str`): folder or Hub id of a pipeline, or a single .safetensors file.
         single_file_config (`str`, *optional*): as in [`models.pipelines.Base`].
-        gpu_memory, **options: of `choose`.
+        gpu_memory, num_gpus, **options: of `choose`.
     """
 
     def load():
         return load_without_weights(model, single_file_config=single_file_config)
 
-    memory, settings, fits = choose(load, gpu_memory, **options)
+    memory, settings, fits = choose(load, gpu_memory, num_gpus, **options)
     lines = [f"{name:<40}{size / GIB:8.2f} GiB" for name, size in memory.rows().items()]
     if fits:
         lines += ["", *(f"{name}: {str(value).lower()}" for name, value in settings.items())]
+        if num_gpus > 1:
+            config = "--config_file examples/accelerate_configs/fsdp2.yaml " * (memory.base == "shards")
+            lines += ["", f"accelerate launch {config}--num_processes {num_gpus}"]
     else:
         lines.append(
-            f"\nDoes not fit in {gpu_memory:g} GiB with {settings['per_device_train_batch_size']} images a step. Take "
-            "a quantized base (`--load_in_4bit`, docs/performance.md), fewer pixels, or a larger device."
+            f"\nDoes not fit in {gpu_memory:g} GiB with {settings['per_device_train_batch_size']} images a step, not "
+            "even with a base in 4 bits. Take fewer pixels, a larger device, or more of them (`--num-gpus`)."
         )
     return "\n".join(lines)

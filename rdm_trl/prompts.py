@@ -109,7 +109,9 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor]):
 
 def fingerprint(parameters: Iterable[torch.Tensor]) -> str:
     """Of weights, so that what was made with them is not taken for what others would make."""
-    parts = ((p.sum(dtype=torch.float64) + 2 * p.abs().sum(dtype=torch.float64)).item() for p in parameters)
+    sums = (p.sum(dtype=torch.float64) + 2 * p.abs().sum(dtype=torch.float64) for p in parameters)
+    # In shards, called by all processes, the sum of all of them.
+    parts = ((total.full_tensor() if hasattr(total, "full_tensor") else total).item() for total in sums)
     # Rounded: another device adds in another order.
     return f"{sum((i + 1) * part for i, part in enumerate(parts)):.10g}"
 

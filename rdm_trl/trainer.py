@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, get_scheduler
 
 from . import evaluation, guidance
 from .adversary import Adversary
-from .callbacks import ImageTracker, StopOnSignalCallback, default_callbacks
+from .callbacks import ImageTracker, StopOnSignalCallback, default_callbacks, mean_figures
 from .config import RdmDistillConfig
 from .ddpo import ask_black_boxes, compute_rewards, generate_samples, of_one, policy_loss, transition_loss
 from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
@@ -28,6 +28,7 @@ from .method.advantages import Feedback
 from .method.diffusion import NoiseProcess
 from .method.experience import Experience
 from .method.fake_score import FakeScore
+from .models import sharding
 from .models.lora import make_roles
 from .models.pipelines import base_of, family_of, load_pipeline
 from .prompts import PromptSampler, check_prompts, prompt_caches, split_rows, training_prompts
@@ -104,8 +105,7 @@ class RdmDistillTrainer(Trainer):
         if sd_pipeline is None:
             sd_pipeline = load_demo_pipeline()
         elif not isinstance(sd_pipeline, DiffusionPipeline):
-            dtype = torch.bfloat16 if config.bf16 else torch.float32
-            sd_pipeline = load_pipeline(sd_pipeline, dtype)
+            sd_pipeline = load_pipeline(sd_pipeline, torch.bfloat16 if config.bf16 else torch.float32)
         self.sd_pipeline = sd_pipeline
         self.family = family_of(sd_pipeline, config.sample_height, config.sample_width, config.max_sequence_length)
         self.base_model, self.variant, self.single_file_config = base_of(sd_pipeline)
@@ -115,10 +115,8 @@ class RdmDistillTrainer(Trainer):
         self.student_scheduler = self.family.make_student_scheduler(*grid)
 
         # Rewards
-        if reward_function is None:
-            reward_function = []
-        given = reward_function if isinstance(reward_function, list) else [reward_function]
-        functions = [resolve_reward(reward) for reward in (*given, *(config.reward_funcs or []))]
+        given = reward_function if isinstance(reward_function, list | None) else [reward_function]
+        functions = [resolve_reward(reward) for reward in (*(given or []), *(config.reward_funcs or []))]
         self.overrides_rewards = type(self).compute_rewards is not RdmDistillTrainer.compute_rewards
         self.rewards = RewardPanel(functions, config, differentiate=not self.overrides_rewards)
         self.image_samples_callback = image_samples_hook
@@ -127,17 +125,16 @@ class RdmDistillTrainer(Trainer):
         self.prompt_fn = prompt_function
         if train_dataset is None and prompt_function is None and self.is_demo:
             train_dataset = Dataset.from_dict({"prompt": DEMO_PROMPTS})
-        updates = -(-config.max_steps * config.gradient_accumulation_steps // config.num_iterations)
-        in_all = -(-updates // config.steps_per_generation) * config.prompts_per_generation
-        train_dataset = training_prompts(
-            prompt_function, train_dataset, config.prompts_per_generation, in_all, config.seed
-        )
+        number = config.prompts_per_generation, config.prompts_in_all
+        train_dataset = training_prompts(prompt_function, train_dataset, *number, config.seed)
         eval_dataset = check_prompts(eval_dataset, "eval_dataset") if eval_dataset is not None else train_dataset
 
         # Model: one frozen denoiser and its adapters, equal on all processes
         set_seed(config.seed)
         absorbs = config.num_teacher_images > 0 and config.teacher_guidance_scale > 1 and self.family.has_guidance()
         roles = make_roles(self.family, peft_config, teacher_lora, student_lora, absorbs)
+        if sharding.is_asked_for():
+            sharding.shard(roles, config.device)
         self.encode, self.encode_negative = prompt_caches(self.family, config, self.base_model)
         self.teacher_lora, self.student_lora = (path and str(path) for path in (teacher_lora, student_lora))
 
@@ -156,16 +153,15 @@ class RdmDistillTrainer(Trainer):
         self.stop_callback = StopOnSignalCallback()
         self.add_callback(self.stop_callback)
         self.model_accepts_loss_kwargs = False  # `Roles.forward` takes any keyword, but no token count
-        self.family.place(self.accelerator.device, config.offload_encoders)
+        self.family.place(self.accelerator.device, config.offload_encoders, roles.sharded)
         self.student_timesteps = self.student_scheduler.timesteps.to(self.accelerator.device)
         self.adversary = Adversary(self) if config.adversarial_weight else None
         # Other noise on each process, from here on.
         set_seed(config.seed, device_specific=True)
 
         self.absorbs_guidance, self.target_key, self.fake_score = absorbs, None, None
-        self.judge = load_demo_judge() if self.is_demo else evaluation.Judge()
-        if config.eval_feature_model is not None:
-            self.judge = evaluation.Judge(evaluation.PretrainedFeatures(config.eval_feature_model))
+        features = config.eval_feature_model and evaluation.PretrainedFeatures(config.eval_feature_model)
+        self.judge = load_demo_judge() if self.is_demo and not features else evaluation.Judge(features)
         check_best_metric(config, [*self.judge.names, *self.rewards.names])
         self.metrics, self.best_note = {}, ""
         self.cost = {"updates": 0, "rollouts": 0, "teacher_evaluations": 0, "seconds": 0.0}
@@ -173,6 +169,18 @@ class RdmDistillTrainer(Trainer):
         self._fake_batches, self._measured, self._records = [], {}, defaultdict(list)
 
     # -------------------------------------------------------------------------------------------------- data and roles
+
+    def create_accelerator_and_postprocess(self):
+        with sharding.hidden_from_accelerate():
+            super().create_accelerator_and_postprocess()
+
+    def _move_model_to_device(self, model, device):
+        if not model.sharded:  # shards are in their place
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model, training: bool = True, dataloader=None):
+        wrapped = super()._wrap_model(model, training, dataloader)
+        return sharding.wrap(self, wrapped) if wrapped is self.model and wrapped.sharded else wrapped
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         args = self.args
@@ -223,12 +231,7 @@ class RdmDistillTrainer(Trainer):
 
     def absorb_guidance(self, resumed_from: str | None = None):
         """Before the first update: the guided teacher draws its images, and the target learns them."""
-        images = guidance.GuidedImages(self)
-        key = guidance.key_of_target(self, images)
-        known = self.target_key if resumed_from is None else checkpoint.key_of_target(Path(resumed_from))
-        if known != key:
-            guidance.absorb_guidance(self, images, key)
-        self.target_key = key
+        guidance.absorb_for(self, resumed_from)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         start = time.perf_counter()
@@ -309,12 +312,11 @@ class RdmDistillTrainer(Trainer):
             x_t = self.process.add_noise(rollout.x0, noise, timesteps)
             teacher = self.predict_teacher(x_t, timesteps, condition)
 
-        rewards, pushes, details = torch.full((len(prompts), len(self.rewards.functions)), torch.nan), None, {}
+        rewards, details = torch.full((len(prompts), len(self.rewards.functions)), torch.nan), {}
+        pushes = None if self.adversary is None else []
         if asked:
             rewards, pushes, details = self.rewards.ask(answers, rollout.x0, self.family.decode, prompts, metadata)
             self._record(self.rewards.figures(gather(rewards)))
-        if self.adversary is not None and pushes is None:
-            pushes = []
         if self.state.global_step < args.reward_warmup:
             pushes = None
         if shows and self.is_world_process_zero():
@@ -361,7 +363,11 @@ class RdmDistillTrainer(Trainer):
             chosen = {key: value[rows] for key, value in condition.items()}
             return self.predict_x0(self.model, "student", x_t, timesteps, chosen)
 
-        return policy.rollout(predict, self.process, self.student_timesteps, noise, exit_steps, complete)
+        rollout = policy.rollout(predict, self.process, self.student_timesteps, noise, exit_steps, complete)
+        if self.model.sharded:
+            once = noise[:1, 0], self.student_timesteps[:1], slice(1)
+            sharding.keep_company(shape[1] if complete else int(exit_steps.max()), lambda: predict(*once))
+        return rollout
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         experience, feedback, x0 = inputs["experience"], inputs["feedback"], inputs["x0"]
@@ -470,7 +476,8 @@ class RdmDistillTrainer(Trainer):
         self, who: str, prompts: list[str], description: str | None = None, seed: int | None = None
     ) -> torch.Tensor:
         """
-        Images (B, 3, H, W) in [0, 1], drawn by the pipeline itself. The same prompts get the same initial noise.
+        Images (B, 3, H, W) in [0, 1], drawn by the pipeline itself. The same prompts get the same initial noise. With
+        the base in shards all processes must call it.
 
         Args:
             who (`str`): `"teacher"` (`teacher_num_steps`, guided), `"base"` (the teacher at the student's number of
@@ -491,8 +498,9 @@ class RdmDistillTrainer(Trainer):
             mean.
         """
         dataset = check_prompts(eval_dataset, "eval_dataset") if eval_dataset is not None else self.eval_dataset
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() or self.model.sharded:
             evaluation.measure(self, dataset)
+        if self.is_world_process_zero():
             write_metrics(self, Path(self.args.output_dir))
         self.metrics = broadcast_object_list([self.metrics])[0]
         results = evaluation.flat_figures(self.metrics, metric_key_prefix)
@@ -506,13 +514,7 @@ class RdmDistillTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs and self._records:
-            device = self.accelerator.device
-            means = torch.stack(
-                [torch.stack([v.to(device) for v in values]).double().nanmean() for values in self._records.values()]
-            )
-            logs.update(zip(self._records, self.accelerator.reduce(means, "mean").tolist(), strict=True))
-            if "dm/fake_error" in logs:  # a ratio of means: single updates are noisy, and the first directions are 0
-                logs["dm/fake_error"] /= logs.pop("dm/direction_square") + 1e-12
+            logs.update(mean_figures(self._records, self.accelerator))
             self._records.clear()
         super().log(logs, start_time)
 

@@ -35,7 +35,7 @@ def test_options_of_checkpointing(tmp_path):
         ("GRADIENT_ACCUMULATION_STEPS", "4", "say it in the config"),
         ("USE_MEGATRON_LM", "true", "Megatron-LM is not supported"),
         ("USE_PARALLELISM_CONFIG", "true", "model parallelism is not supported"),
-        ("USE_FSDP", "true", "FSDP is not supported"),
+        ("USE_FSDP", "true", "FSDP1 is not supported: .* Use FSDP2"),
         ("USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
     ],
 )

@@ -103,6 +103,57 @@ def test_offloaded_encoders_do_not_count():
     assert found.total == replace(memory, encoders=0).total
 
 
+def test_the_base_in_shards_and_in_fewer_bits():
+    """What a process really holds in shards, tests/distributed compares."""
+    with torch.device("meta"):
+        transformer = make(CASES["sd3"]).transformer.to(torch.bfloat16)
+    sizes = plan.sizes_of_base(transformer, 2)
+    first, last = transformer.transformer_blocks
+    outside = sum(p.nbytes for p in transformer.parameters()) - plan.size_of(first, last)
+    gathered = outside + 2 * max(plan.size_of(first), plan.size_of(last))
+    assert plan.gathered_size(transformer) == gathered
+    assert sizes["shards"] - gathered == pytest.approx(sizes["whole"] / 2, rel=0.1)
+    assert sizes["whole"] > sizes["8 bits"] > sizes["4 bits"] > sizes["whole"] / 4
+    assert list(sizes) == ["whole", "shards", "8 bits", "4 bits"]
+    assert "shards" not in plan.sizes_of_base(transformer)
+
+
+def test_what_is_gathered_of_nested_blocks():
+    """Of a UNet: a block in another one needs both."""
+    unet = make_tiny_pipeline().unet
+    block = unet.up_blocks[0]
+
+    def leaves(*modules):
+        names = ("BasicTransformerBlock", "ResnetBlock2D")
+        return [inner for m in modules for inner in m.modules() if type(inner).__name__ in names]
+
+    alone = leaves(*unet.down_blocks, unet.mid_block)
+    own = plan.size_of(block) - plan.size_of(*leaves(block))
+    outside = plan.size_of(unet) - plan.size_of(*alone) - plan.size_of(unet.up_blocks)
+    largest = max(own + max(map(plan.size_of, leaves(block))), *map(plan.size_of, alone))
+    assert plan.gathered_size(unet) == outside + 2 * largest
+
+
+def test_shards_come_before_bits(capsys):
+    def load():
+        return plan.load_without_weights(DEMO_PIPELINE)
+
+    least = plan.memory_of(load(), 4, True)
+    least = replace(least, encoders=0, activations=max(least.activations, least.encoders))
+    sizes = plan.sizes_of_base(family_of(load()).denoiser, 8)
+    order = list(sizes)
+    for base, size in sizes.items():
+        enough = replace(least, denoiser=size, base=base).total + 1
+        found, settings, fits = plan.choose(load, enough / plan.GIB, 8)
+        assert fits and found.total < enough and order.index(found.base) <= order.index(base)
+        assert settings["per_device_train_batch_size"] == 4 and settings["gradient_accumulation_steps"] == 1
+        assert settings.get(f"load_in_{found.base[0]}bit", False) == found.base.endswith("bits")
+    main(["plan", "--model", DEMO_PIPELINE, "--gpu-memory", "80", "--num-gpus", "2"])
+    text = capsys.readouterr().out
+    assert "per_device_train_batch_size: 16" in text and "gradient_accumulation_steps: 1" in text
+    assert text.rstrip().endswith("accelerate launch --num_processes 2")
+
+
 def test_plan_picks_what_fits(tmp_path, capsys):
     make_tiny_pipeline().save_pretrained(tmp_path)
     main(["plan", "--model", str(tmp_path), "--gpu-memory", "1"])

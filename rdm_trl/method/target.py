@@ -51,10 +51,10 @@ class Draws:
         return len(self.rows)
 
     def own(self, size: int) -> list["Draws"]:
-        """This process's share of the draws, in nearly equal parts of at most `size`."""
+        """This process's share of the draws, in nearly equal parts of at most `size`, and as many as any other's."""
         state = PartialState()
         own = [value[state.process_index :: state.num_processes] for value in (self.rows, self.fractions, self.noise)]
-        count = -(-len(own[0]) // size)
+        count = -(-len(self) // (state.num_processes * size))
         return [Draws(*parts) for parts in zip(*(value.tensor_split(count) for value in own), strict=True)]
 
 

@@ -40,9 +40,11 @@ class NetworkRoles(nn.Module):
         role (`str`): what it plays now.
         kind (`str`): what is saved, for the model card.
         lora_config (`LoraConfig`, *optional*): of the student, where it is a LoRA.
+        sharded (`bool`): whether the base is in shards, and each call is one of all processes.
     """
 
     kind: str
+    sharded = False
     adapters: tuple[str, ...]
     lora_config: LoraConfig | None = None
     _run: Callable | None = None  # the compiled denoiser
@@ -195,6 +197,10 @@ class Roles(NetworkRoles):
     def adapter_parameters(self, *names: str) -> list[nn.Parameter]:
         """Parameters of the named adapters, in a fixed order."""
         return [parameter for name in names for parameter in self._parameters_of[name]]
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """Parameters of all adapters, the teacher's own among them."""
+        return self.adapter_parameters(*self._parameters_of)
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         """Parameters of the base, without any adapter but the teacher's."""

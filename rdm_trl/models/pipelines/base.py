@@ -101,9 +101,14 @@ class PipelineFamily:
 
     # --------------------------------------------------------------------------------------------------------- devices
 
-    def place(self, device: torch.device, offload_encoders: bool):
-        """Puts the pipeline on `device`; with `offload_encoders` without its text encoders."""
-        self.pipeline.to(device)
+    def place(self, device: torch.device, offload_encoders: bool, sharded: bool = False):
+        """Puts the pipeline on `device`; with `offload_encoders` without its text encoders, and without shards."""
+        if sharded:  # the denoiser is where it belongs
+            for module in (self.pipeline.components.get("vae"), *self.encoders()):
+                if module is not None:
+                    module.to(device)
+        else:
+            self.pipeline.to(device)
         self.offloads_encoders = offload_encoders
         if offload_encoders:
             self._move_encoders("cpu")

@@ -1,0 +1,68 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""The base in shards over two real CPU processes, against DDP."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+WORKER = str(Path(__file__).with_name("shards.py"))
+WAYS = ("ddp", "shards")
+
+
+def differ(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The largest difference, in units of the largest weight."""
+    assert first.keys() == second.keys()
+    largest = max(value.abs().max() for value in first.values())
+    return max((value - second[key]).abs().max() / largest for key, value in first.items())
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def check_pipeline(folder: Path, name: str):
+    for rank in range(2):
+        ddp, shards = (load_file(folder / way / f"{name}-{rank}.safetensors") for way in WAYS)
+        for role in ("student", "fake", "ema"):
+            assert differ(*({k: v for k, v in of.items() if k.startswith(f"{role}.")} for of in (ddp, shards))) < 1e-6
+        assert equal(load_file(folder / "shards" / f"{name}-resumed-{rank}.safetensors"), shards)
+        whole, half = (json.loads((folder / way / f"found-{rank}.json").read_text())[name] for way in WAYS)
+        assert half["bytes"] <= 0.55 * whole["bytes"]
+        assert half["bytes"] == half["planned"] if rank == 0 else half["bytes"] <= half["planned"]
+        assert half["weights"] == whole["weights"]  # so that each finds the other's images of the teacher
+        for who, figures in whole["figures"].items():
+            found = half["figures"][who]
+            assert found.pop("rewards") == pytest.approx(figures.pop("rewards"), rel=1e-6)
+            assert found == pytest.approx(figures, rel=1e-5, abs=1e-9)
+    saved = (load_file(folder / way / name / "run" / "pytorch_lora_weights.safetensors") for way in WAYS)
+    assert differ(*saved) < 1e-6
+
+
+def test_shards_are_ddp_with_half_of_the_base(tmp_path):
+    """In one test: most of a launch's time is Python's start."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment |= {"FSDP_VERSION": "2", "HF_HOME": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [*run, WORKER, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=280
+    )
+    end = time.time()
+    assert (tmp_path / "begun").exists(), result.stderr[-3000:]
+    # An error on one process ends all.
+    assert result.returncode != 0 and "out of ink" in result.stderr
+    assert end - (tmp_path / "begun").stat().st_mtime < 60
+    for name in ("unet", "sd3", "flux"):
+        check_pipeline(tmp_path, name)
+    # A checkpoint of one way goes on in the other.
+    whole = load_file(tmp_path / "ddp" / "flux-0.safetensors")
+    for way in WAYS:
+        for rank in range(2):
+            assert differ(load_file(tmp_path / way / f"crossed-{rank}.safetensors"), whole) < 1e-6
