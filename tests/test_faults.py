@@ -105,7 +105,7 @@ NAN = float("nan")
             ValueError,
             "`enable_jit_checkpoint` must stay off: it saves in the middle",
         ),
-        (dict(fsdp="full_shard"), ValueError, "FSDP is not supported: .* Use DDP"),
+        (dict(fsdp="full_shard"), ValueError, "`fsdp` must be left out: shards are switched on by .*fsdp2.yaml"),
         (dict(deepspeed={"zero_optimization": {"stage": 2}}), ValueError, "DeepSpeed is not supported: .* Use DDP"),
         (dict(output_dir=f"{__file__}/run"), ValueError, "`output_dir` is in a file, .*test_faults.py"),
     ],
