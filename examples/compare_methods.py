@@ -3,10 +3,11 @@
 # dependencies = ["rdm_trl[eval]"]
 # ///
 """
-Compares methods on the embedded teacher, or others of the same prompts or classes, over paired seeds: the same prompts
-and noise, one option apart, at equal updates, images drawn, teacher evaluations or seconds (`--budget`). Every run is
-kept in a file (a second call goes on where the first stopped); all end in `results.json`, a table with means, spreads
-and bootstrap intervals of the paired differences, and pictures, in a folder for each teacher.
+Compares methods on the embedded teacher, or others, over paired seeds: the same prompts and noise, one option apart,
+at equal updates, images drawn, teacher evaluations or seconds (`--budget`). Other teachers have the same prompts or
+classes, or prompts and a judge of their own in their folder (train_emoji_teacher.py). Every run is kept in a file (a
+second call goes on where the first stopped); all end in `results.json`, a table with means, spreads and bootstrap
+intervals of the paired differences, and pictures, in a folder for each teacher.
 
 A method may change options of its own, `gndm,num_iterations=4`, and names its rewards with their weights:
 `gndmr+classifier@0.3`, `constrained,target_dm=0.002+classifier@1`. Runs with rewards start from the checkpoint that
@@ -40,7 +41,7 @@ from transformers import TrainerCallback
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer, evaluation
 from rdm_trl.callbacks import ReportCallback
-from rdm_trl.demo import CLASSES, DEMO_PROMPTS, load_demo_judge
+from rdm_trl.demo import CLASSES, DEMO_PROMPTS, load_demo_judge, load_judge
 from rdm_trl.rewards import Scorer, resolve_reward
 
 
@@ -73,7 +74,7 @@ def parse_args():
         nargs="+",
         default=["embedded"],
         metavar="TEACHER[,OPTION=YAML...]",
-        help="folders of pipelines that draw the demo's prompts, or embedded",
+        help="folders of pipelines that draw the demo's prompts or have a judge, or embedded",
     )
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "gndm.yaml")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=YAML", help="such as learning_rate=2.0e-4")
@@ -157,8 +158,15 @@ class CurveCallback(TrainerCallback):
         control.should_save = state.global_step == args.reward_warmup
 
 
+def has_judge(teacher: str | None) -> bool:
+    """Whether the teacher brings prompts and a judge along; Fashion-MNIST's know nothing of its images."""
+    return teacher is not None and (Path(teacher) / "judge").is_dir()
+
+
 def prompts_of(teacher: str | None) -> list[str]:
-    """What the teacher is trained and measured on: captions, or the classes where it has a list of them."""
+    """What the teacher is trained and measured on: its own prompts, the demo's captions, or the classes it lists."""
+    if has_judge(teacher):
+        return (Path(teacher) / "prompts.txt").read_text().splitlines()
     is_class_conditional = teacher is not None and "id2label" in DiffusionPipeline.load_config(teacher)
     return list(CLASSES) if is_class_conditional else DEMO_PROMPTS
 
@@ -166,10 +174,11 @@ def prompts_of(teacher: str | None) -> list[str]:
 class Measure:
     """Figures of the student, and once of the teacher and the base, on the same images for all runs."""
 
-    def __init__(self, prompts: list[str], num_images: int, rewards: list[str]):
+    def __init__(self, teacher: str | None, num_images: int, rewards: list[str]):
+        prompts = prompts_of(teacher)
         self.prompts = [prompts[i % len(prompts)] for i in range(num_images)]
         self.rewards, self.score = rewards, Scorer([resolve_reward(name) for name in rewards])
-        self.judge, self.known = load_demo_judge(), {}
+        self.judge, self.known = load_judge(teacher) if has_judge(teacher) else load_demo_judge(), {}
 
     def __call__(self, trainer: RdmDistillTrainer, who: str) -> dict[str, float]:
         key = (who, trainer.args.sample_num_steps if who == "base" else None)
@@ -387,7 +396,7 @@ def compare(args, teacher: str | None, changes: dict, output_dir: Path):
             raise SystemExit(
                 f"{file} was measured without {', '.join(missing)}: remove it, or give another --output_dir."
             )
-    measure = Measure(prompts_of(teacher), args.num_images, rewards)
+    measure = Measure(teacher, args.num_images, rewards)
     costs = {}
     if args.budget != "updates":
         known = output_dir / "cost_of_update.json"  # kept: a second call must give the same updates

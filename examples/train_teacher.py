@@ -194,18 +194,17 @@ def encode(vae, images):
     return torch.cat([vae.encode(x).latent_dist.sample() * vae.config.scaling_factor for x in batches])
 
 
-def make_tokenizer(folder) -> CLIPTokenizer:
+def make_tokenizer(captions: list[str], vocab_size: int = 30000) -> CLIPTokenizer:
     """A CLIP tokenizer whose merges come from the captions; all bytes are in the vocabulary, so any prompt works."""
     tokenizer = Tokenizer(BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.train_from_iterator(DEMO_PROMPTS, BpeTrainer(end_of_word_suffix="</w>", show_progress=False))
+    trainer = BpeTrainer(vocab_size=vocab_size, end_of_word_suffix="</w>", show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     alphabet = sorted(ByteLevel.alphabet())
     words = alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in merges]
     vocab = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16, pad_token="<|endoftext|>")
-    tokenizer.save_pretrained(folder / "pipeline" / "tokenizer")
-    return tokenizer
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16, pad_token="<|endoftext|>")
 
 
 def make_text_config(tokenizer) -> CLIPTextConfig:
@@ -235,7 +234,7 @@ def draw_captions(labels):
 def train_denoiser(images, labels, epochs, folder):
     vae = AutoencoderKL.from_pretrained(folder / "pipeline" / "vae", dtype=torch.float32).eval()
     latents = encode(vae, images)
-    tokenizer = make_tokenizer(folder)
+    tokenizer = make_tokenizer(DEMO_PROMPTS)
     text_encoder = CLIPTextModel(make_text_config(tokenizer))
     unet = UNet2DConditionModel(
         sample_size=8,

@@ -75,3 +75,13 @@ def load_demo_reference() -> dict[str, torch.Tensor]:
 def load_demo_judge() -> Judge:
     """Measures images against Fashion-MNIST's test images, and their classes against the demo's prompts."""
     return Judge(DemoClassifier(), load_demo_reference(), DEMO_PROMPT_CLASS)
+
+
+def load_judge(teacher: str | Path) -> Judge:
+    """
+    The judge that lies beside a teacher, in its folder's `judge`: a classifier as `DemoClassifier` reads it, whose
+    labels are the teacher's prompts, and `reference_statistics.safetensors`.
+    """
+    folder = Path(teacher) / "judge"
+    classifier = DemoClassifier(folder)
+    return Judge(classifier, load_file(folder / "reference_statistics.safetensors"), classifier.model.config.label2id)
