@@ -349,6 +349,8 @@ def report(everything: dict[str, torch.Tensor], images: dict[str, torch.Tensor],
         "judge_accuracy_autoencoded": accuracy(decoded, images),
         "autoencoder_psnr": -10 * (F.mse_loss(decoded.clamp(-1, 1), pixels) / 4).log10().item(),
         "fid_autoencoded": judge("autoencoded", (decoded / 2 + 0.5).clamp(0, 1), list(images))["fid"],
+        # Of so few images even the real ones are some way from all.
+        f"fid_of_{num_images}_images": judge("real", pixels[:num_images] / 2 + 0.5, list(images)[:num_images])["fid"],
     }
     if toned:  # images that the judge has never seen, of names that it has
         held_out = torch.stack([everything[name] for name in toned])
