@@ -25,6 +25,7 @@ from peft import LoraConfig
 
 from rdm_trl import RdmDistillConfig, RdmDistillTrainer
 from rdm_trl._trl import make_parser
+from rdm_trl.evaluation import cost_of_first
 from rdm_trl.models.pipelines import load_pipeline
 from rdm_trl.prompts import load_prompts
 from rdm_trl.saving.hub import figures_table
@@ -161,6 +162,9 @@ def main(argv: list[str]):
     resume = {"true": True, "false": None}.get(str(resume).lower(), resume)
     if config.device.type == "cpu" and config.world_size == 1:
         torch.set_num_threads(os.cpu_count())  # `accelerate launch` gives a process one thread
+    said = cost_of_first(trainer)
+    if trainer.is_world_process_zero():
+        print(said)
     trainer.train(resume_from_checkpoint=resume)
     trainer.evaluate()
     trainer.save_model()

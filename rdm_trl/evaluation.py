@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
 from .ddpo import scores_of
-from .guidance import kept_images
+from .guidance import batches_of, kept_images
 from .prompts import split_rows
 
 
@@ -136,17 +136,22 @@ def sample(trainer, who: str, prompts: list[str], description: str | None, seed:
     return draw(trainer, who, prompts, description, seed)[0]
 
 
+def how_drawn(trainer, who: str) -> tuple[int, float]:
+    """Number of steps and guidance scale of the images that a model is judged by."""
+    args, unguided = trainer.args, trainer.family.student_guidance_scale
+    if who == "teacher":
+        return args.teacher_num_steps, args.teacher_guidance_scale
+    return args.sample_num_steps, unguided
+
+
 def draw(
     trainer, who: str, prompts: list[str], description: str | None, seed: int | None
 ) -> tuple[torch.Tensor, float]:
     """`sample`, and the seconds that an image took: of the teacher and the base, when it was drawn."""
     args, family = trainer.args, trainer.family
-    base_scheduler, unguided = family.pipeline.scheduler, family.student_guidance_scale
-    role, scheduler, num_steps, guidance_scale = {
-        "teacher": ("teacher", base_scheduler, args.teacher_num_steps, args.teacher_guidance_scale),
-        "base": ("teacher", base_scheduler, args.sample_num_steps, unguided),
-        "student": ("ema", trainer.student_scheduler, args.sample_num_steps, unguided),
-    }[who]
+    num_steps, guidance_scale = how_drawn(trainer, who)
+    role = "ema" if who == "student" else "teacher"
+    scheduler = trainer.student_scheduler if who == "student" else family.pipeline.scheduler
     seed = args.seed if seed is None else seed
     title = None if args.disable_tqdm or not trainer.is_world_process_zero() else description
     with trainer.model.use(role), trainer.accelerator.autocast():
@@ -160,16 +165,39 @@ def draw(
         return images, (time.perf_counter() - start) / len(prompts)
 
 
+def drawn_rows(trainer, dataset: Dataset) -> tuple[list[str], list]:
+    """Prompts and metadata of the images of an evaluation, in turn, `num_generations` of each."""
+    args, (prompts, metadata) = trainer.args, split_rows(list(dataset))
+    chosen = [i % len(prompts) for i in range(-(-args.num_eval_images // args.num_generations))]
+    chosen = [i for i in chosen for _ in range(args.num_generations)]
+    return [prompts[i] for i in chosen], [metadata[i] for i in chosen]
+
+
+def cost_of_first(trainer) -> str:
+    """What the first evaluation will draw, in passes of the denoiser, for those who wait for it."""
+    prompts, parts, total = drawn_rows(trainer, trainer.eval_dataset)[0], [], 0
+    for who in ("teacher", "base", "student"):
+        num_steps, guidance_scale = how_drawn(trainer, who)
+        guided = who == "teacher" and guidance_scale > 1
+        missing = len(prompts)
+        if who != "student":
+            batches = batches_of(trainer, prompts, num_steps, guidance_scale, trainer.args.seed)
+            missing = sum(len(chunk) for chunk, file in batches if not file.exists())
+        parts.append(f"{missing:,} of the {who} ({num_steps} step{'s' * (num_steps > 1)}{', guided' * guided})")
+        total += missing * num_steps * (2 if guided and not trainer.family.embeds_guidance else 1)
+    return (
+        f"The first evaluation draws {', '.join(parts[:-1])} and {parts[-1]}: {total:,} passes of the denoiser. Those "
+        "of teacher and base are kept for later ones. Fewer: `num_eval_images`."
+    )
+
+
 def measure(trainer, dataset: Dataset):
     """
     Fills `trainer.metrics` for `num_eval_images` images of the prompts in turn, `num_generations` of each; the
     teacher's and the base's figures only once, since they never change. Called by the main process, and in shards by
     all, whose part is to draw with it.
     """
-    args, (all_prompts, all_metadata) = trainer.args, split_rows(list(dataset))
-    chosen = [i % len(all_prompts) for i in range(-(-args.num_eval_images // args.num_generations))]
-    chosen = [i for i in chosen for _ in range(args.num_generations)]
-    prompts, metadata = [all_prompts[i] for i in chosen], [all_metadata[i] for i in chosen]
+    args, (prompts, metadata) = trainer.args, drawn_rows(trainer, dataset)
     for who in ("teacher", "base", "student"):
         if who != "student" and trainer._measured.get(who) == prompts:
             continue

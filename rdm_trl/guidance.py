@@ -64,6 +64,20 @@ def describe(trainer, num_steps: int, guidance_scale: float) -> dict[str, Any]:
     }
 
 
+def batches_of(
+    trainer, prompts: list[str], num_steps: int, guidance_scale: float, seed: int
+) -> list[tuple[list[str], Path]]:
+    """The prompts of each batch that evaluation draws, and the file of its latents, whether it is there or not."""
+    size, device = trainer.args.per_device_eval_batch_size, trainer.family.denoiser.device.type
+    settings, folder = describe(trainer, num_steps, guidance_scale), cache_of(trainer.args) / "evaluated"
+    chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    keys = (
+        digest(description({**settings, "prompts": chunk, "seed": seed + i, "device": device}))
+        for i, chunk in enumerate(chunks)
+    )
+    return [(chunk, folder / f"{key}.safetensors") for chunk, key in zip(chunks, keys, strict=True)]
+
+
 def kept_images(
     trainer, prompts: list[str], num_steps: int, guidance_scale: float, seed: int, title: str | None
 ) -> tuple[torch.Tensor, float]:
@@ -72,13 +86,10 @@ def kept_images(
     seconds that each took. Their latents are drawn once and kept on disk, with that time: the next evaluation of the
     same teacher does not wait for them.
     """
-    args, family, size = trainer.args, trainer.family, trainer.args.per_device_eval_batch_size
-    settings, folder = describe(trainer, num_steps, guidance_scale), cache_of(args) / "evaluated"
+    args, family = trainer.args, trainer.family
     images, seconds, device, sharded = [], 0.0, family.denoiser.device, trainer.model.sharded
-    for i, start in enumerate(tqdm(range(0, len(prompts), size), desc=title, disable=title is None)):
-        chunk = prompts[start : start + size]
-        key = digest(description({**settings, "prompts": chunk, "seed": seed + i, "device": device.type}))
-        file = folder / f"{key}.safetensors"
+    batches = batches_of(trainer, prompts, num_steps, guidance_scale, seed)
+    for i, (chunk, file) in enumerate(tqdm(batches, desc=title, disable=title is None)):
         kept = load_file(file) if file.exists() else None
         if sharded:  # one process reads and writes for all, who draw together or not at all
             kept = broadcast_object_list([kept])[0]
@@ -89,11 +100,11 @@ def kept_images(
             kept = {"latents": latents, "seconds": torch.tensor(time.perf_counter() - begin)}
             try:
                 if trainer.is_world_process_zero():
-                    folder.mkdir(parents=True, exist_ok=True)
+                    file.parent.mkdir(parents=True, exist_ok=True)
                     write_tensors(file, kept)
             except OSError as error:
                 logger.warning_once(
-                    f"The teacher's images cannot be kept in {folder}, and will be drawn again by the next run: "
+                    f"The teacher's images cannot be kept in {file.parent}, and will be drawn again by the next run: "
                     f"{error}. Set `teacher_cache_dir`."
                 )
         begin = time.perf_counter()

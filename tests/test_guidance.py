@@ -2,6 +2,7 @@
 """Absorbed guidance: the guided teacher's images against plain diffusers, what learns them, and what is kept."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny_pipelines import CASES, make, make_family_trainer
 
-from rdm_trl import guidance
+from rdm_trl import evaluation, guidance
 from rdm_trl.method import target
 
 
@@ -332,6 +333,24 @@ def test_what_evaluation_compares_is_drawn_once(name, tmp_path, monkeypatch):
     assert not torch.equal(again.sample("base", prompts, seed=6), images)  # other noise
     monkeypatch.setattr(type(family), "sample", lambda *args, **kwargs: pytest.fail("drawn again"))
     assert torch.equal(again.sample("base", prompts, seed=5), images)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_what_the_first_evaluation_costs_is_said(tmp_path, guidance_scale):
+    """Counted in the denoiser itself: what is said before is what is done, and what is kept is not said again."""
+    pipeline, rows = make_tiny_pipeline(), []
+    options = dict(teacher_guidance_scale=guidance_scale, sample_num_steps=2, num_eval_images=6, num_generations=2)
+    cache = dict(teacher_cache_dir=str(tmp_path / "cache"), per_device_eval_batch_size=4)
+    trainer = make_trainer(tmp_path, pipeline=pipeline, **options, **cache)
+    pipeline.unet.register_forward_pre_hook(lambda module, arguments: rows.append(len(arguments[0])))
+
+    def said() -> int:
+        return int(re.search(r"([\d,]+) passes", evaluation.cost_of_first(trainer))[1].replace(",", ""))
+
+    promised = said()
+    trainer.evaluate()
+    assert promised == sum(rows) == 6 * (3 * (1 + (guidance_scale > 1)) + 2 + 2)
+    assert said() == 6 * 2
 
 
 def test_a_cache_that_cannot_be_written_costs_no_figures(tmp_path, monkeypatch):
