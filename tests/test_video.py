@@ -10,13 +10,16 @@ from PIL import Image
 from tiny_pipelines import CASES, family_for, make, make_family_trainer
 from torch import nn
 
+from rdm_trl import plan
 from rdm_trl.callbacks import ImageTracker
+from rdm_trl.cli import main
 from rdm_trl.demo.page import export_space
 from rdm_trl.evaluation import Judge, diversity, feature_statistics, frechet_distance
 from rdm_trl.frames import as_frames, contact_sheets, thumbnails
 from rdm_trl.method import matching
 from rdm_trl.rewards import Scorer, reward_gradient
 from rdm_trl.saving.pictures import read_grid
+from rdm_trl.saving.report import is_report_available
 
 
 VIDEOS = torch.rand(2, 3, 5, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -192,6 +195,7 @@ def test_a_run_of_videos(tmp_path):
         assert picture.size == (4 * 4 * 32, 16)
     with pytest.raises(ValueError, match="WanPipeline draws videos, and the demo is one of images"):
         export_space(tmp_path / "run", tmp_path / "space")
+    assert (tmp_path / "run" / "report.html").is_file() is is_report_available()
     frame = VIDEOS[0, :, 0]
     ImageTracker(trainer).log_images({"frame": frame}, step=1)
     assert (samples / "frame-1.png").is_file()
@@ -211,6 +215,21 @@ def test_every_frame_of_a_video_is_of_its_noise(name):
     assert family.decode(latents).shape == (1, 3, 1 + 2 * temporal, family.height, family.width)
     family.make_student_scheduler(4)
     assert f"num_frames={1 + 2 * temporal}" in family.call_code("a dress", 4)
+
+
+def test_plan_counts_frames(tmp_path, capsys):
+    make(CASES["wan"]).save_pretrained(tmp_path)
+
+    def kept(num_frames):
+        pipeline = plan.load_without_weights(str(tmp_path))
+        return plan.memory_of(pipeline, 4, False, height=32, width=64, num_frames=num_frames).activations
+
+    assert kept(17) > 1.5 * kept(5)
+    size = ["--height", "32", "--width", "64", "--num-frames", "5"]
+    main(["plan", "--model", str(tmp_path), "--gpu-memory", "1", *size])
+    assert "per_device_train_batch_size: 32" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`sample_num_frames` is 6"):
+        main(["plan", "--model", str(tmp_path), "--gpu-memory", "1", "--num-frames", "6"])
 
 
 def test_layers_that_stay_in_float32(tmp_path):
