@@ -241,3 +241,16 @@ def test_layers_that_stay_in_float32(tmp_path):
     assert trainer.sd_pipeline.transformer.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
     trainer.train()
     assert trainer.sample("student", list(CASES["wan"].prompts)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_checkpointing_changes_nothing(name, tmp_path):
+    """Blocks that are computed again for their gradient are the student's; with a reward through all frames."""
+    weights = []
+    for checkpointing in (False, True):
+        options = dict(activation_checkpointing=checkpointing, **CASES[name].size)
+        trainer = make_family_trainer(CASES[name], tmp_path, make(CASES[name]), rewards=[brightness], **options)
+        trainer.train()
+        weights.append(trainer.model.adapter_state("student"))
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, atol=1e-5, rtol=1e-5)
