@@ -42,7 +42,7 @@ def parse_args():
 
 def sample(pipeline, settings: dict, steps: int, scale: float | None, prompts: list[str], args, name: str):
     """Images (B, 3, H, W); with `scale` None as a student: unguided, on the grid that it was trained on."""
-    size = settings["sample_height"], settings["sample_width"]
+    size = settings["sample_height"], settings["sample_width"], settings.get("sample_num_frames")
     family = family_of(pipeline, *size, settings["max_sequence_length"])
     scheduler = pipeline.scheduler
     if scale is None:
@@ -73,7 +73,8 @@ def main():
     judge = load_demo_judge() if is_demo else Judge()
     if args.eval_feature_model:
         judge = Judge(PretrainedFeatures(args.eval_feature_model))
-    score = Scorer([resolve_reward(name) for name in args.reward_funcs])
+    rewards = [resolve_reward(name) for name in args.reward_funcs]
+    score = Scorer(rewards, frame_stride=settings.get("reward_frame_stride"))
 
     teacher_steps, scale = settings["teacher_num_steps"], settings["teacher_guidance_scale"]
     unguided = family_of(load_base()).student_guidance_scale

@@ -14,7 +14,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -22,6 +24,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -29,6 +33,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -45,6 +51,8 @@ from transformers import (
     Qwen3Model,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 from transformers.utils import logging
 
@@ -159,6 +167,19 @@ def flux2_klein() -> DiffusionPipeline:
     return Flux2KleinPipeline(scheduler, AutoencoderKLFlux2(), text, TOKENIZER, transformer)
 
 
+def wan21_1_3b() -> DiffusionPipeline:
+    sizes = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=256384)
+    encoder = UMT5EncoderModel(UMT5Config(feed_forward_proj="gated-gelu", **sizes))
+    transformer = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return WanPipeline(TOKENIZER, encoder, AutoencoderKLWan(), scheduler, transformer)
+
+
+def ltx_video() -> DiffusionPipeline:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return LTXPipeline(scheduler, AutoencoderKLLTXVideo(), t5_xxl(), TOKENIZER, LTXVideoTransformer3DModel())
+
+
 MODELS = {
     "Stable Diffusion 1.5": sd15,
     "Stable Diffusion XL": sdxl,
@@ -167,6 +188,8 @@ MODELS = {
     "Z-Image": z_image,
     "Qwen-Image": qwen_image,
     "FLUX.2 klein 9B": flux2_klein,
+    "Wan 2.1 1.3B, 81 frames of 480 x 832": wan21_1_3b,
+    "LTX-Video, 161 frames of 512 x 704": ltx_video,
 }
 LARGE = ("FLUX.1-dev", "Qwen-Image", "FLUX.2 klein 9B")
 

@@ -14,9 +14,10 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from .frames import thumbnails
 from .guardrails import drift_warnings
 from .saving.hub import write_metrics
-from .saving.pictures import comparison_grid, save_grid
+from .saving.pictures import comparison_grid, save_animation, save_grid
 from .saving.report import REPORT_NEEDS, is_report_available, write_report
 
 
@@ -74,12 +75,17 @@ class ReportCallback(TrainerCallback):
 class SampleGridCallback(TrainerCallback):
     """
     Saves a sample grid every `log_images_steps` updates and after the last, as `samples/step-N.png` and
-    `samples/grid.png` of the output folder: the same prompts and initial noise for teacher, base and student.
+    `samples/grid.png` of the output folder: the same prompts and initial noise for teacher, base and student. Of
+    videos that is a contact sheet, small and with one video of a prompt, and all of their frames move in
+    `samples/step-N.webp` and `samples/grid.webp`.
     """
+
+    LARGEST = 256  # pixels of a video's longer side
 
     def __init__(self, trainer):
         self.trainer = trainer
         self.constant_columns = {}
+        self.constant_clips = {}
 
     def on_step_end(self, args, state, control, **kwargs):
         every = args.log_images_steps
@@ -97,19 +103,24 @@ class SampleGridCallback(TrainerCallback):
         available = list(dict.fromkeys(self.trainer.eval_dataset["prompt"]))
         count = min(args.num_log_images, len(available))
         prompts = [available[i * len(available) // count] for i in range(count)]
-        columns, few = {**self.constant_columns}, f"{args.sample_num_steps} step{'s' * (args.sample_num_steps > 1)}"
+        family, columns, clips = self.trainer.family, {**self.constant_columns}, {**self.constant_clips}
+        few = f"{args.sample_num_steps} step{'s' * (args.sample_num_steps > 1)}"
         for who, title in (
             ("teacher", f"teacher, {args.teacher_num_steps} steps, guidance {args.teacher_guidance_scale:g}"),
             ("base", f"base, {few}"),
             ("student", f"student, {few}"),
         ):
             if title not in columns:
-                each = min(args.num_generations, 4)
+                each = min(args.num_generations, 4) if family.num_frames is None else 1
                 images = self.trainer.sample(who, [prompt for prompt in prompts for _ in range(each)])
-                images = self.trainer.family.to_pil(images)
+                images = thumbnails(images, self.LARGEST)
+                if family.num_frames is not None:
+                    clips[title] = [family.to_pil(frames) for frames in images.unbind(2)]
+                images = family.to_pil(images)
                 columns[title] = [images[i : i + each] for i in range(0, len(images), each)]
                 if who != "student":
                     self.constant_columns[title] = columns[title]
+                    self.constant_clips |= {title: clips[title]} if title in clips else {}
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / "samples"
@@ -117,6 +128,13 @@ class SampleGridCallback(TrainerCallback):
         picture = comparison_grid(columns, prompts)
         save_grid(picture, folder / f"step-{state.global_step:06d}.png")
         save_grid(picture, folder / "grid.png")
+        if clips:
+            moments = [
+                comparison_grid({title: [[image] for image in clip[i]] for title, clip in clips.items()}, prompts)
+                for i in range(family.num_frames)
+            ]
+            for name in (f"step-{state.global_step:06d}.webp", "grid.webp"):
+                save_animation(moments, folder / name, family.frame_rate)
 
 
 class StopOnSignalCallback(TrainerCallback):
@@ -190,12 +208,15 @@ class ImageTracker:
         self.trainer.log(dict(values))
 
     def log_images(self, values: dict, step: int | None = None, **kwargs):
-        """`values`: by name, images as PIL images or as a tensor (B, 3, H, W) or (3, H, W) in [0, 1]."""
+        """
+        `values`: by name, images as PIL images or as a tensor (B, 3, H, W) or (3, H, W) in [0, 1], or videos
+        (B, 3, F, H, W), of which some frames are written.
+        """
         folder = Path(self.trainer.args.output_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         for name, images in values.items():
             if hasattr(images, "ndim"):
-                images = self.trainer.family.to_pil(images if images.ndim == 4 else images[None])
+                images = self.trainer.family.to_pil(images[None] if images.ndim == 3 else images)
             elif isinstance(images, Image.Image):
                 images = [images]
             stem = "".join(c if c.isalnum() or c in " ._-" else "_" for c in name)[:80]

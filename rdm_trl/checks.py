@@ -51,3 +51,24 @@ def check_adversarial(config):
         raise ValueError(
             f"`adversarial_weight` is {config.adversarial_weight}, but there are no real images: give `image_dataset`."
         )
+
+
+def check_grid(config):
+    """Raises `ValueError` for sizes, numbers of tokens or noise levels that no pipeline can draw with."""
+    if (config.sample_height is None) != (config.sample_width is None):
+        raise ValueError("Give `sample_height` and `sample_width`, or neither.")
+    if config.sample_num_frames is not None and config.sample_num_frames < 1:
+        raise ValueError(f"`sample_num_frames` is {config.sample_num_frames}, but must be at least 1.")
+    if config.max_sequence_length is not None and not 1 <= config.max_sequence_length <= 512:
+        raise ValueError(f"`max_sequence_length` is {config.max_sequence_length}, but must be from 1 to 512.")
+    for name, grid, largest in (
+        ("sample_sigmas", config.sample_sigmas, 1.0),
+        ("sample_timesteps", config.sample_timesteps, float("inf")),
+    ):
+        if grid is None:
+            continue
+        if len(grid) != config.sample_num_steps:
+            raise ValueError(f"`{name}` has {len(grid)} values for `sample_num_steps={config.sample_num_steps}`.")
+        falling = all(first > second for first, second in zip([float("inf"), *grid], grid, strict=False))
+        if not falling or grid[0] > largest or grid[-1] <= 0:
+            raise ValueError(f"`{name}` is {grid}, but must be falling numbers above 0, at most {largest:g}.")

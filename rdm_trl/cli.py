@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None):
     planner.add_argument("--lora-r", type=int, default=32, help="rank of the adapters")
     planner.add_argument("--height", type=int, help="of the images in pixels; the pipeline's own by default")
     planner.add_argument("--width", type=int)
+    planner.add_argument("--num-frames", type=int, help="of a video; the pipeline's own by default")
     exporter = commands.add_parser("export", help="a distilled checkpoint for other programs")
     exporter.add_argument("checkpoint", help="folder that a run has saved")
     exporter.add_argument("--output_dir", "--output-dir", required=True, help="where to write")
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None):
         dtype = getattr(torch, args.dtype)
         print(export(args.checkpoint, args.output_dir, args.format, base=args.base, dtype=dtype))
         return
-    size = {"height": args.height, "width": args.width, "lora_r": args.lora_r}
+    size = {"height": args.height, "width": args.width, "num_frames": args.num_frames, "lora_r": args.lora_r}
     print(plan(args.model, args.gpu_memory, args.num_gpus, args.single_file_config, **size))
 
 

@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ._trl import get_callable_name
-from .checks import check_adversarial, check_output_dir, check_type
+from .checks import check_adversarial, check_grid, check_output_dir, check_type
 from .inherited import check_inherited, check_launcher
 
 
@@ -70,6 +70,9 @@ class RdmDistillConfig(TrainingArguments):
             default for four steps.
         sample_height, sample_width (`int`, *optional*):
             Height and width of the images in pixels; the pipeline's own by default. Give both or neither.
+        sample_num_frames (`int`, *optional*):
+            Frames of a video, for text-to-video pipelines, whose call has it as `num_frames`; the pipeline's own by
+            default. One more than a multiple of what the autoencoder compresses time by (Wan: 4, LTX-Video: 8).
         max_sequence_length (`int`, *optional*):
             Longest prompt in tokens, 1 to 512, for pipelines whose call has this option (SD3, FLUX and others);
             the pipeline's own by default. Their networks are as slow as this is large.
@@ -189,6 +192,9 @@ class RdmDistillConfig(TrainingArguments):
         reward_gradient_steps (`int`, *optional*):
             At how many of the student's last steps differentiable rewards act; at all by default. What the early steps
             predict is a blurred mean of many images, and a reward's gradient there moves the whole distribution.
+        reward_frame_stride (`int`, *optional*):
+            Of a video each reward of images scores every so many-th frame, from the first, and the mean counts; every
+            frame by default. A reward with an attribute `whole_clip = True` is given the whole.
         reward_warmup (`int`, *optional*, defaults to `0`):
             Updates of distribution matching alone before the rewards join.
         reward_timeout (`float`, *optional*):
@@ -260,6 +266,7 @@ class RdmDistillConfig(TrainingArguments):
     )
     sample_height: int | None = field(default=None, metadata={"help": "Height of the images in pixels."})
     sample_width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
+    sample_num_frames: int | None = field(default=None, metadata={"help": "Frames of a video."})
     max_sequence_length: int | None = field(
         default=None, metadata={"help": "Longest prompt in tokens, for pipelines whose call has this option."}
     )
@@ -378,6 +385,7 @@ class RdmDistillConfig(TrainingArguments):
     reward_gradient_steps: int | None = field(
         default=None, metadata={"help": "Differentiable rewards act at so many of the last steps; all by default."}
     )
+    reward_frame_stride: int | None = field(default=None, metadata={"help": "Every so many-th frame is scored."})
     reward_warmup: int = field(default=0, metadata={"help": "Updates of distribution matching alone, at first."})
     reward_timeout: float | None = field(default=None, metadata={"help": "Seconds that a reward may take."})
     multi_objective_aggregation: str = field(
@@ -511,14 +519,14 @@ class RdmDistillConfig(TrainingArguments):
                 "rollouts with used ones."
             )
         positive = ("epsilon", "epsilon_high", "target_kl", "target_dm", "reward_timeout", "reward_gradient_steps")
-        for name in (*positive, "save_steps"):
+        for name in (*positive, "reward_frame_stride", "save_steps"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be positive.")
         if self.dm_estimator == "policy_gradient" and self.num_generations < 2:
             raise ValueError(
                 "`dm_estimator='policy_gradient'` compares the images of a prompt: `num_generations` >= 2."
             )
-        self._check_grid()
+        check_grid(self)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}, but must be in [0, 1).")
         if self.dm_estimator == "policy_gradient" and self.num_iterations > 1:
@@ -561,21 +569,6 @@ class RdmDistillConfig(TrainingArguments):
                 f"{self.num_teacher_images}`: guidance would act in R_dm twice. Leave out "
                 "`sample_guidance_scale` to absorb it, or `num_teacher_images` to keep it in R_dm."
             )
-
-    def _check_grid(self):
-        if (self.sample_height is None) != (self.sample_width is None):
-            raise ValueError("Give `sample_height` and `sample_width`, or neither.")
-        if self.max_sequence_length is not None and not 1 <= self.max_sequence_length <= 512:
-            raise ValueError(f"`max_sequence_length` is {self.max_sequence_length}, but must be from 1 to 512.")
-        for name, largest in (("sample_sigmas", 1.0), ("sample_timesteps", float("inf"))):
-            grid = getattr(self, name)
-            if grid is None:
-                continue
-            if len(grid) != self.sample_num_steps:
-                raise ValueError(f"`{name}` has {len(grid)} values for `sample_num_steps={self.sample_num_steps}`.")
-            falling = all(first > second for first, second in zip([float("inf"), *grid], grid, strict=False))
-            if not falling or grid[0] > largest or grid[-1] <= 0:
-                raise ValueError(f"`{name}` is {grid}, but must be falling numbers above 0, at most {largest:g}.")
 
     def to_dict(self):
         """As in `TrainingArguments`, with functions among `reward_funcs` by name, for logs and checkpoints."""

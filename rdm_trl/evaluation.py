@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
 from .ddpo import scores_of
+from .frames import as_frames, num_frames
 from .guidance import batches_of, kept_images
 from .prompts import split_rows
 
@@ -110,11 +111,14 @@ class Judge:
     def __call__(self, who: str, images: torch.Tensor, prompts: list[str]) -> dict[str, float]:
         """
         Figures of the images (B, 3, H, W) that `who` drew for `prompts` (B). The images of `"teacher"` are remembered:
-        those of all others, judged later, have a `fid_teacher`.
+        those of all others, judged later, have a `fid_teacher`. Of videos (B, 3, F, H, W) Fréchet distances are
+        between all their frames; diversity is that of the frames' mean features, so that motion is none; and the class
+        is that of the mean logits.
         """
         if self.features_of is None:
             return {}
-        outputs = [self.features_of.to(images.device)(chunk) for chunk in images.split(100)]
+        number = num_frames(images)
+        outputs = [self.features_of.to(images.device)(chunk) for chunk in as_frames(images).split(100)]
         features = torch.cat([features for features, _ in outputs]).cpu()
         statistics = feature_statistics(features)
         figures = {}
@@ -126,8 +130,9 @@ class Judge:
             figures["fid_teacher"] = frechet_distance(statistics, self.teacher)
         if self.classes is not None and all(prompt in self.classes for prompt in prompts):
             target = torch.tensor([self.classes[prompt] for prompt in prompts])
-            figures["class_accuracy"] = class_accuracy(torch.cat([logits for _, logits in outputs]).cpu(), target)
-        figures["diversity"] = diversity(features, prompts)
+            logits = torch.cat([logits for _, logits in outputs]).cpu().unflatten(0, (-1, number)).mean(1)
+            figures["class_accuracy"] = class_accuracy(logits, target)
+        figures["diversity"] = diversity(features.unflatten(0, (-1, number)).mean(1), prompts)
         return figures
 
 

@@ -59,7 +59,7 @@ def describe(trainer, num_steps: int, guidance_scale: float) -> dict[str, Any]:
         "num_steps": num_steps,
         "guidance_scale": guidance_scale,
         "negative_prompts": args.negative_prompts,
-        "size": [family.height, family.width],
+        "size": [size for size in (family.height, family.width, family.num_frames) if size],
         "prompt_limit": family.prompt_limit,
     }
 

@@ -3,6 +3,7 @@
 
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -144,9 +145,10 @@ def sizes_of_base(denoiser: torch.nn.Module, num_gpus: int = 1) -> dict[str, int
     """Bytes on a device of `denoiser`, in bfloat16 and without adapters, by how it is held: what costs least first."""
     whole = size_of(denoiser)
     sizes = {"whole": whole}
-    if num_gpus > 1 and denoiser._no_split_modules:
+    if num_gpus > 1:
         buffers = whole - sum(p.nbytes for p in denoiser.parameters())
-        sizes["shards"] = buffers + shard_size(denoiser, num_gpus) + gathered_size(denoiser)
+        with suppress(ValueError):  # its class names no blocks
+            sizes["shards"] = buffers + shard_size(denoiser, num_gpus) + gathered_size(denoiser)
     linear = sum(m.weight.numel() for m in denoiser.modules() if isinstance(m, torch.nn.Linear))
     sizes["8 bits"] = whole - linear
     sizes["4 bits"] = whole - int((2 - 0.5 - 4 / 64) * linear)  # NF4, and a float32 for each 64 weights
@@ -202,6 +204,7 @@ def memory_of(
     lora_r: int = 32,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
 ) -> Memory:
     """
     Args:
@@ -209,8 +212,9 @@ def memory_of(
         batch_size (`int`): `per_device_train_batch_size`, images.
         activation_checkpointing (`bool`): as in `RdmDistillConfig`.
         height, width (`int`, *optional*): of the images in pixels.
+        num_frames (`int`, *optional*): of videos.
     """
-    family = family_of(pipeline, height, width)
+    family = family_of(pipeline, height, width, num_frames)
     denoiser, encoders = size_of(family.denoiser), size_of(*family.encoders())
     models = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
     others = size_of(*models) - denoiser - encoders
@@ -236,7 +240,7 @@ def choose(
         load (`Callable`): gives the pipeline without its weights, a new one each time.
         gpu_memory (`float`): of each device, in GiB.
         num_gpus (`int`, *optional*, defaults to 1): processes that train together, and may share the base.
-        **options: `lora_r`, `height` and `width` of `memory_of`.
+        **options: `lora_r`, `height`, `width` and `num_frames` of `memory_of`.
     """
     bases = sizes_of_base(family_of(load()).denoiser, num_gpus)
     with_four = {checkpointing: memory_of(load(), 4, checkpointing, **options) for checkpointing in (False, True)}
@@ -286,6 +290,6 @@ def plan(model: str, gpu_memory: float, num_gpus: int = 1, single_file_config: s
     else:
         lines.append(
             f"\nDoes not fit in {gpu_memory:g} GiB with {settings['per_device_train_batch_size']} images a step, not "
-            "even with a base in 4 bits. Take fewer pixels, a larger device, or more of them (`--num-gpus`)."
+            "even with a base in 4 bits. Take fewer pixels or frames, a larger device, or more of them (`--num-gpus`)."
         )
     return "\n".join(lines)

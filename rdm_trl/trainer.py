@@ -61,12 +61,11 @@ class RdmDistillTrainer(Trainer):
         config (`RdmDistillConfig`): all options.
         reward_function (callable or list of callables, *optional*):
             `f(images, prompts, metadata)` or `f(images=..., prompts=..., **columns)`; images are (B, 3, H, W) in
-            [0, 1]. Returns one number an image, or (numbers, metadata). See [`rewards.Scorer`].
+            [0, 1], of videos each frame. Returns one number an image, or (numbers, metadata). See [`rewards.Scorer`].
         prompt_function (callable, *optional*): `() -> (prompt, metadata)`, as in DDPO; instead of `train_dataset`.
         sd_pipeline (pipeline, folder, .safetensors file or Hub id, *optional*): the teacher; by default embedded.
-        image_samples_hook (callable, *optional*):
-            `(prompt_image_data, global_step, tracker)`, called at each logging step with a list of
-            `[images, prompts, metadata, rewards, reward_metadata]`.
+        image_samples_hook (callable, *optional*): `(prompt_image_data, global_step, tracker)`, called at each logging
+            step with a list of `[images, prompts, metadata, rewards, reward_metadata]`.
         train_dataset (`Dataset`, *optional*):
             With a `prompt` column; other columns are handed to the rewards. For the embedded pipeline its captions.
         eval_dataset (`Dataset`, *optional*): prompts of `evaluate`; those of training by default.
@@ -107,18 +106,19 @@ class RdmDistillTrainer(Trainer):
         elif not isinstance(sd_pipeline, DiffusionPipeline):
             sd_pipeline = load_pipeline(sd_pipeline, torch.bfloat16 if config.bf16 else torch.float32)
         self.sd_pipeline = sd_pipeline
-        self.family = family_of(sd_pipeline, config.sample_height, config.sample_width, config.max_sequence_length)
+        size = config.sample_height, config.sample_width, config.sample_num_frames, config.max_sequence_length
+        self.family = family_of(sd_pipeline, *size)
         self.base_model, self.variant, self.single_file_config = base_of(sd_pipeline)
         self.is_demo = self.base_model == DEMO_PIPELINE
         self.process = NoiseProcess(sd_pipeline.scheduler)
-        grid = (config.sample_num_steps, config.sample_sigmas, config.sample_timesteps)
+        grid = config.sample_num_steps, config.sample_sigmas, config.sample_timesteps
         self.student_scheduler = self.family.make_student_scheduler(*grid)
 
         # Rewards
         given = reward_function if isinstance(reward_function, list | None) else [reward_function]
         functions = [resolve_reward(reward) for reward in (*(given or []), *(config.reward_funcs or []))]
         self.overrides_rewards = type(self).compute_rewards is not RdmDistillTrainer.compute_rewards
-        self.rewards = RewardPanel(functions, config, differentiate=not self.overrides_rewards)
+        self.rewards = RewardPanel(functions, config, not self.overrides_rewards, self.family.num_frames is not None)
         self.image_samples_callback = image_samples_hook
 
         # Prompts
@@ -476,8 +476,8 @@ class RdmDistillTrainer(Trainer):
         self, who: str, prompts: list[str], description: str | None = None, seed: int | None = None
     ) -> torch.Tensor:
         """
-        Images (B, 3, H, W) in [0, 1], drawn by the pipeline itself. The same prompts get the same initial noise. With
-        the base in shards all processes must call it.
+        Images (B, 3, H, W), or videos (B, 3, F, H, W), in [0, 1], drawn by the pipeline itself. The same prompts get
+        the same initial noise. With the base in shards all processes must call it.
 
         Args:
             who (`str`): `"teacher"` (`teacher_num_steps`, guided), `"base"` (the teacher at the student's number of

@@ -10,7 +10,7 @@ import torch
 from conftest import PROMPTS, make_config, make_tiny_pipeline, make_trainer, redness, save_style
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny_pipelines import CASES, make, make_family_trainer
+from tiny_pipelines import CASES, images_of, make, make_family_trainer
 
 from rdm_trl import evaluation, guidance
 from rdm_trl.method import target
@@ -73,12 +73,12 @@ def test_every_family_absorbs_its_guidance(name, tmp_path, monkeypatch):
 
     # Another pipeline, whose own call decodes.
     plain = make(case)
-    size = dict(zip(("height", "width"), case.size.values(), strict=True)) if case.size else {}
+    size = {name.removeprefix("sample_"): value for name, value in case.size.items()}
     arguments = case.guided(images.prompts, 3.0, case.negative[-1]) | size
     if name == "dit":
         arguments["class_labels"] = [int(prompt) for prompt in images.prompts]
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    expected = plain(**arguments, num_inference_steps=3, generator=generators, output_type="pt").images
+    expected = images_of(plain(**arguments, num_inference_steps=3, generator=generators, output_type="pt"))
     torch.testing.assert_close(family.decode(latents), expected.float(), atol=1e-4, rtol=1e-4)
 
     # And they are R_dm's: the target, which is neither the base nor guided again.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_tiny_pipeline
 from peft import LoraConfig
-from tiny_pipelines import CASES, make
+from tiny_pipelines import CASES, family_for, make
 
 from rdm_trl import plan
 from rdm_trl.cli import main
@@ -80,8 +80,7 @@ def test_every_family_without_its_weights(name, tmp_path):
     pipeline.save_pretrained(tmp_path)
     kept = []
     for loaded in (pipeline, plan.load_without_weights(str(tmp_path), torch.float32)):
-        size = CASES[name].size
-        family = family_of(loaded, size.get("sample_height"), size.get("sample_width"))
+        family = family_for(name, loaded)
         if loaded is pipeline:
             example = family.example_condition(4)
             real = {k: torch.ones(v.shape, dtype=v.dtype) if v.is_meta else v for k, v in example.items()}

@@ -19,6 +19,8 @@ SIZES = {
     "flux1_dev": 11.9,
     "z_image": 6.15,
     "qwen_image": 20.4,
+    "wan21_1_3b": 1.42,
+    "ltx_video": 1.92,
 }
 
 

@@ -2,6 +2,7 @@
 """A tiny random pipeline of every family, and how a plain call of it is made."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,9 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -28,6 +31,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
@@ -41,6 +46,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -61,11 +69,14 @@ from transformers import (
     Qwen3Model,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from rdm_trl import RdmDistillTrainer
 from rdm_trl.demo import DEMO_PIPELINE
 from rdm_trl.method import policy
+from rdm_trl.models.pipelines import PipelineFamily, family_of
 
 
 def clip(seed: int = 0):
@@ -366,14 +377,80 @@ def make_flux2(is_distilled=False, **options):
     return pipeline
 
 
+def make_wan(**options):
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.1, 0.2, 0.3, 0.4],
+        latents_std=[1.1, 0.9, 0.8, 0.7],
+        scale_factor_spatial=4,
+    )
+    config = UMT5Config(vocab_size=16, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    scheduler = UniPCMultistepScheduler(
+        **{"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, **options}
+    )
+    return WanPipeline(words(), UMT5EncoderModel(config).eval(), vae, scheduler, transformer)
+
+
+def make_ltx(vae_options=None, **options):
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=32,
+    )
+    vae = AutoencoderKLLTXVideo(
+        **{
+            "latent_channels": 4,
+            "block_out_channels": (4, 4),
+            "down_block_types": ("LTXVideoDownBlock3D",) * 2,
+            "decoder_block_out_channels": (4, 4),
+            "layers_per_block": (1, 1, 1),
+            "decoder_layers_per_block": (1, 1, 1),
+            "spatio_temporal_scaling": (True, True),
+            "decoder_spatio_temporal_scaling": (True, True),
+            "decoder_inject_noise": (False, False, False),
+            "downsample_type": ("conv", "conv"),
+            "upsample_residual": (False, False),
+            "upsample_factor": (1, 1),
+            "patch_size": 2,
+            "scaling_factor": 0.8,
+            **(vae_options or {}),
+        }
+    )
+    torch.nn.init.uniform_(vae.latents_mean)
+    torch.nn.init.uniform_(vae.latents_std, 0.5, 1.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        **{"use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1, **options}
+    )
+    return LTXPipeline(scheduler, vae, t5(), words(), transformer)
+
+
 @dataclass
 class Case:
     """
     Args:
         make: builds the pipeline.
         guided: `(prompts, scale, negative prompt) -> arguments of the pipeline's call`.
-        size: height and width of an image that is not square, or empty.
-        pack: the initial noise (B, C, H, W) to the denoiser's form, where it has one of its own.
+        size: height and width of an image that is not square, and a video's frames, or empty.
+        pack: the initial noise (B, C, H, W) or (B, C, F, H, W) to the denoiser's form, where it has one of its own.
         prompts: two.
         negative: negative prompts.
     """
@@ -455,6 +532,17 @@ CASES = {
     "qwen_image": Case(make_qwen_image, guided_qwen, pack=pack_flux),
     "flux2_klein": Case(make_flux2, guided_flux, pack=pack_flux2, negative=("",)),
     "flux2_klein_distilled": Case(lambda: make_flux2(True), guided_flux, pack=pack_flux2, negative=("",)),
+    "wan": Case(
+        make_wan,
+        lambda *arguments: {**Case.guided(*arguments), "height": 16, "width": 32, "num_frames": 5},
+        size=dict(sample_height=16, sample_width=32, sample_num_frames=5),
+    ),
+    "ltx": Case(
+        make_ltx,
+        lambda *arguments: {**Case.guided(*arguments), "height": 32, "width": 64, "num_frames": 5},
+        size=dict(sample_height=32, sample_width=64, sample_num_frames=5),
+        pack=lambda noise: LTXPipeline._pack_latents(noise),
+    ),
     "dit": Case(make_dit, guided_dit, size={}, prompts=("0", "7"), negative=("",)),
     "ddpm": Case(
         lambda: make_unconditional(DDPMPipeline, DDPMScheduler(clip_sample=False, prediction_type="sample"), 3),
@@ -481,6 +569,16 @@ def make(case: Case) -> DiffusionPipeline:
     return pipeline
 
 
+def family_for(name: str, pipeline: DiffusionPipeline | None = None) -> PipelineFamily:
+    """Of a case, at its size."""
+    return family_of(pipeline or make(CASES[name]), *CASES[name].size.values())
+
+
+def images_of(output) -> torch.Tensor:
+    """What a plain call put out with `output_type="pt"`: images, or videos (B, 3, F, H, W)."""
+    return output.frames.transpose(1, 2) if "frames" in output else output.images
+
+
 def make_family_trainer(case: Case, tmp_path, pipeline, rewards=(redness,), lora=None, **options) -> RdmDistillTrainer:
     defaults = dict(
         per_device_train_batch_size=4, num_generations=2, sample_num_steps=3, learning_rate=0.05, fake_updates=1
@@ -501,9 +599,13 @@ def rollout_of(trainer, case, prompt, role):
     torch.manual_seed(3)
     first = torch.randn(1, *family.latent_shape)
     if case.pack is not None:
-        factor = trainer.sd_pipeline.vae_scale_factor
+        if family.num_frames is None:
+            factor = trainer.sd_pipeline.vae_scale_factor
+            shape = family.height // factor, family.width // factor
+        else:
+            shape = family.latent_size()
         torch.manual_seed(3)
-        first = case.pack(torch.randn(1, 4, family.height // factor, family.width // factor))
+        first = case.pack(torch.randn(1, 4, *shape))
     noise = [first] + [torch.randn(1, *family.latent_shape) for _ in trainer.student_timesteps[1:]]
 
     def predict(x_t, t, rows):
@@ -519,13 +621,14 @@ def run_card(card):
     """Images of the model card's code, which is plain diffusers."""
     code = card.read_text().split("```python\n")[1].split("```")[0]
     assert "rdm_trl" not in code
-    preparation, call = code.split("image = ")
+    preparation, call = re.split("^(?:image|video) = ", code, flags=re.M)
     scope = {}
     exec(preparation, scope)
     scope["pipe"].set_progress_bar_config(disable=True)
-    call = call.split(".images[0]")[0].replace("pipe(", "pipe(output_type='pt', ", 1)
+    call = re.split(r"\.(?:images|frames)\[0\]", call)[0].replace("pipe(", "pipe(output_type='pt', ", 1)
     torch.manual_seed(3)
-    return eval(call, scope).images.expand(-1, 3, -1, -1)  # of grey images three channels
+    images = images_of(eval(call, scope))
+    return images.expand(-1, 3, *images.shape[2:])  # of grey images three channels
 
 
 # LoRAs that reach the text encoders too.

@@ -32,7 +32,7 @@ def describe(checkpoint: Path, base: str | None = None) -> dict:
     What `app.py` has to know of a checkpoint: its `demo.json`. Only the base's configuration is read.
 
     Raises:
-        ValueError: `checkpoint` is none, or its pipeline takes no prompt.
+        ValueError: `checkpoint` is none, or its pipeline takes no prompt or draws videos.
     """
     try:
         settings = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))["settings"]
@@ -42,9 +42,10 @@ def describe(checkpoint: Path, base: str | None = None) -> dict:
     loading = base_in(settings) if base is None else {**base_in({}), "base_model": base}
     base, config = loading["base_model"], loading["single_file_config"]
     pipeline = load_without_weights(DEMO_PIPELINE if base == "rdm_trl.demo" else base, single_file_config=config)
-    family = family_of(
-        pipeline, settings["sample_height"], settings["sample_width"], settings.get("max_sequence_length")
-    )
+    size = settings["sample_height"], settings["sample_width"], settings.get("sample_num_frames")
+    family = family_of(pipeline, *size, settings.get("max_sequence_length"))
+    if family.num_frames is not None:
+        raise ValueError(f"{type(pipeline).__name__} draws videos, and the demo is one of images.")
     family.make_student_scheduler(
         settings["sample_num_steps"], settings["sample_sigmas"], settings["sample_timesteps"]
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .._trl import get_callable_name, is_async_callable
+from ..frames import as_frames, num_frames
 from . import builtin
 
 
@@ -73,8 +74,43 @@ def is_differentiable(reward_function: RewardFunction) -> bool:
     return getattr(reward_function, "differentiable", False) is True
 
 
-def ask(reward_function: RewardFunction, images: torch.Tensor, prompts: list[str], metadata: list[Any]) -> Any:
-    """Calls a reward function in its own style; the answer of an async one is a coroutine."""
+def wants_clips(reward_function: RewardFunction) -> bool:
+    """Whether a reward declares, by an attribute `whole_clip = True`, that it judges videos, not their frames."""
+    return getattr(reward_function, "whole_clip", False) is True
+
+
+def check_clips(reward_functions: list[RewardFunction], draws_videos: bool, frame_stride: int | None):
+    """Raises `ValueError` for a reward of videos, or a stride of their frames, with a pipeline of images."""
+    if draws_videos:
+        return
+    clips = [get_callable_name(function) for function in reward_functions if wants_clips(function)]
+    if clips:
+        raise ValueError(f"The reward {clips[0]!r} judges videos (`whole_clip`), but this pipeline draws images.")
+    if frame_stride is not None:
+        raise ValueError("`reward_frame_stride` is for the frames of videos, but this pipeline draws images.")
+
+
+def frames_seen(reward_function: RewardFunction, images: torch.Tensor, frame_stride: int) -> int:
+    """How many images a reward is given for each of `images`: frames of a video, or one."""
+    return 1 if wants_clips(reward_function) else -(-num_frames(images) // frame_stride)
+
+
+def ask(
+    reward_function: RewardFunction,
+    images: torch.Tensor,
+    prompts: list[str],
+    metadata: list[Any],
+    frame_stride: int = 1,
+) -> Any:
+    """
+    Calls a reward function in its own style; the answer of an async one is a coroutine. Of videos (B, 3, F, H, W) it
+    gets every `frame_stride`-th frame as an image of the video's prompt and metadata, or the whole where it declares
+    `whole_clip`.
+    """
+    number = frames_seen(reward_function, images, frame_stride)
+    if not wants_clips(reward_function):
+        images = as_frames(images, frame_stride)
+    prompts, metadata = ([row for row in rows for _ in range(number)] for rows in (prompts, metadata))
     parameters = inspect.signature(reward_function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         rows = [row if isinstance(row, dict) else {"metadata": row} for row in metadata]
@@ -83,9 +119,12 @@ def ask(reward_function: RewardFunction, images: torch.Tensor, prompts: list[str
     return reward_function(images, prompts, metadata)
 
 
-def check_answer(name: str, answer: Any, images: torch.Tensor, prompts: list[str]) -> tuple[torch.Tensor, Any]:
+def check_answer(
+    name: str, answer: Any, images: torch.Tensor, prompts: list[str], number: int = 1
+) -> tuple[torch.Tensor, Any]:
     """
-    Rewards (B,), float32, NaN where not scored, and the function's own metadata (`{}` if it gave none).
+    Rewards (B,), float32, NaN where not scored, and the function's own metadata (`{}` if it gave none). Of a function
+    that was given `number` frames of each video, the mean over those that it scored.
 
     Raises:
         ValueError: wrong length, or a value that is not a finite number; the message names the function and prompt.
@@ -97,9 +136,10 @@ def check_answer(name: str, answer: Any, images: torch.Tensor, prompts: list[str
     if unordered or not hasattr(rewards, "__len__") or len(shape) != 1:
         what = f"an array of shape {tuple(shape)}" if len(shape) != 1 else repr(rewards)
         raise ValueError(f"Reward function {name!r} returned {what}, but must return one number an image, in a list.")
-    if len(rewards) != len(images):
-        raise ValueError(f"Reward function {name!r} returned {len(rewards)} rewards for {len(images)} images.")
-    values = []
+    if len(rewards) != len(images) * number:
+        what = f"{len(images)} images" if number == 1 else f"{number} frames each of {len(images)} videos"
+        raise ValueError(f"Reward function {name!r} returned {len(rewards)} rewards for {what}.")
+    values, prompts = [], [prompt for prompt in prompts for _ in range(number)]
     for reward, prompt in zip(rewards, prompts, strict=True):
         try:
             if isinstance(reward, str | bytes):
@@ -110,7 +150,7 @@ def check_answer(name: str, answer: Any, images: torch.Tensor, prompts: list[str
         if reward is not None and not math.isfinite(value):
             raise ValueError(f"Reward function {name!r} returned {value} for the prompt {prompt!r}.")
         values.append(value)
-    return torch.tensor(values, device=images.device), reward_metadata
+    return torch.tensor(values, device=images.device).view(-1, number).nanmean(1), reward_metadata
 
 
 def in_thread(call: Callable) -> Future:
@@ -136,17 +176,22 @@ class Scorer:
             DDPO's style, `f(images, prompts, metadata)`, or GRPO's, any function that takes `**kwargs`:
             `f(images=..., prompts=..., **columns)`, where the columns come from metadata that are dictionaries. They
             return one number an image (list, array or tensor; `None` is "not scored"), or that and a dictionary. One
-            with a `state_dict` (of tensors and plain values) and a `load_state_dict` is saved with a checkpoint.
+            with a `state_dict` (of tensors and plain values) and a `load_state_dict` is saved with a checkpoint. Of
+            videos they see frames, whose mean counts; one with an attribute `whole_clip = True` sees the videos.
         timeout (`float`, *optional*): seconds that a reward may take.
+        frame_stride (`int`, *optional*, defaults to 1): of videos every so many-th frame is scored, from the first.
     """
 
-    def __init__(self, reward_functions: list[RewardFunction], timeout: float | None = None):
-        self.reward_functions, self.timeout = reward_functions, timeout
+    def __init__(
+        self, reward_functions: list[RewardFunction], timeout: float | None = None, frame_stride: int | None = None
+    ):
+        self.reward_functions, self.timeout, self.frame_stride = reward_functions, timeout, frame_stride or 1
         self.names = [get_callable_name(function) for function in reward_functions]
 
     def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[Any]):
         """
-        Rewards (B, M) of images (B, 3, H, W) in [0, 1], NaN where not scored, and metadata by reward.
+        Rewards (B, M) of images (B, 3, H, W), or videos (B, 3, F, H, W), in [0, 1], NaN where not scored, and metadata
+        by reward.
 
         Raises:
             RuntimeError: a reward raised an error.
@@ -193,14 +238,15 @@ class Scorer:
                 answers |= dict(zip(waiting, results, strict=True))
             rewards, reward_metadata = images.new_zeros((len(images), len(self.names)), dtype=torch.float32), {}
             for i, name in enumerate(self.names):
-                rewards[:, i], reward_metadata[name] = check_answer(name, answers[i], images, prompts)
+                number = frames_seen(self.reward_functions[i], images, self.frame_stride)
+                rewards[:, i], reward_metadata[name] = check_answer(name, answers[i], images, prompts, number)
             return rewards, reward_metadata
 
         return finish
 
     def _ask(self, function: RewardFunction, images: torch.Tensor, prompts: list[str], metadata: list[Any]) -> Any:
         """Each function gets images and lists of its own: what it does to them in place is nobody else's matter."""
-        return ask(function, images.clone(), list(prompts), list(metadata))
+        return ask(function, images.clone(), list(prompts), list(metadata), self.frame_stride)
 
     def _in_time(self, i: int, call: Callable):
         try:
@@ -220,7 +266,12 @@ class Scorer:
 
 
 def reward_gradient(
-    reward_function: RewardFunction, decode: Callable, latents: torch.Tensor, prompts: list[str], metadata: list[Any]
+    reward_function: RewardFunction,
+    decode: Callable,
+    latents: torch.Tensor,
+    prompts: list[str],
+    metadata: list[Any],
+    frame_stride: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     A differentiable reward of `decode(latents)`, and its gradient in the latents: the direct path (ReFL, arXiv
@@ -239,7 +290,7 @@ def reward_gradient(
         latents = latents.detach().float().requires_grad_(True)
         images = decode(latents)
         try:
-            answer = ask(reward_function, images, prompts, metadata)
+            answer = ask(reward_function, images, prompts, metadata, frame_stride)
         except Exception as error:
             raise RuntimeError(f"Reward function {name!r} failed: {type(error).__name__}: {error}") from error
         rewards = answer[0] if isinstance(answer, tuple) and answer else answer
@@ -247,7 +298,9 @@ def reward_gradient(
             raise ValueError(
                 f"Reward function {name!r} declares itself differentiable, but returned no tensor with a gradient."
             )
-        check_answer(name, rewards.detach(), latents, prompts)
+        number = frames_seen(reward_function, images, frame_stride)
+        check_answer(name, rewards.detach(), latents, prompts, number)
+        rewards = rewards.view(-1, number).mean(1)
         (gradient,) = torch.autograd.grad(rewards.sum(), latents)
     finite = gradient.flatten(1).isfinite().all(1)
     if not finite.all():

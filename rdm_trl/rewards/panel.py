@@ -18,7 +18,7 @@ from ..method.advantages import Feedback, Mixer, group_advantages, normalize_rew
 from ..method.diffusion import NoiseProcess
 from ..method.experience import Experience
 from ..method.policy import Rollout
-from . import RewardFunction, Scorer, is_differentiable, reward_gradient
+from . import RewardFunction, Scorer, check_clips, is_differentiable, reward_gradient
 
 
 logger = logging.get_logger(__name__)
@@ -58,15 +58,23 @@ class RewardPanel:
         functions (`list`): the rewards.
         config (`RdmDistillConfig`): its reward options.
         differentiate (`bool`): whether those that declare themselves differentiable are differentiated.
+        videos (`bool`): whether it is videos that are judged.
 
     Raises:
-        ValueError: the number of weights is not that of rewards, two rewards have one name, or a black box has no
-            group to compare an image with.
+        ValueError: the number of weights is not that of rewards, two rewards have one name, a black box has no group
+            to compare an image with, or images are to be judged as videos.
     """
 
-    def __init__(self, functions: list[RewardFunction], config: RdmDistillConfig, differentiate: bool = True):
-        self.functions, self.config = functions, config
-        self.score = Scorer(functions, config.reward_timeout)
+    def __init__(
+        self,
+        functions: list[RewardFunction],
+        config: RdmDistillConfig,
+        differentiate: bool = True,
+        videos: bool = False,
+    ):
+        self.functions, self.config, self.frame_stride = functions, config, config.reward_frame_stride or 1
+        check_clips(functions, videos, config.reward_frame_stride)
+        self.score = Scorer(functions, config.reward_timeout, self.frame_stride)
         self.names = self.score.names
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"Two rewards have the same name: {', '.join(self.names)}. Set their `__name__`.")
@@ -78,7 +86,8 @@ class RewardPanel:
         direct = [differentiate and is_differentiable(function) for function in functions]
         self.differentiable = [i for i, is_direct in enumerate(direct) if is_direct]
         self.black_boxes = [i for i, is_direct in enumerate(direct) if not is_direct]
-        self.score_black_boxes = Scorer([functions[i] for i in self.black_boxes], config.reward_timeout)
+        black_boxes = [functions[i] for i in self.black_boxes]
+        self.score_black_boxes = Scorer(black_boxes, config.reward_timeout, self.frame_stride)
         if self.black_boxes and config.num_generations < 2:
             raise ValueError(
                 f"The reward {self.names[self.black_boxes[0]]!r} is compared between the images of a prompt: "
@@ -167,7 +176,8 @@ class RewardPanel:
 
             pushes += over_processes(advantages, rewards[:, self.black_boxes]).unbind(1)
         for i in self.differentiable:
-            rewards[:, i], push = reward_gradient(self.functions[i], decode, x0, prompts, metadata)
+            function, stride = self.functions[i], self.frame_stride
+            rewards[:, i], push = reward_gradient(function, decode, x0, prompts, metadata, stride)
             pushes.append(push)
         return rewards, pushes, reward_metadata
 

@@ -17,6 +17,19 @@ from ..models.pipelines import base_in, family_of, read_pipeline
 
 
 FORMATS = ("diffusers", "kohya")
+# Layers of pipelines whose model has other names in ComfyUI than in diffusers, by the latter. Under
+# `diffusion_model.` ComfyUI looks for its own names; diffusers reads these files too.
+COMFY_NAMES = {
+    "WanPipeline": {
+        ".attn1.to_out.0.": ".self_attn.o.",
+        ".attn1.to_": ".self_attn.",
+        ".attn2.to_out.0.": ".cross_attn.o.",
+        ".attn2.to_": ".cross_attn.",
+        ".ffn.net.0.proj.": ".ffn.0.",
+        ".ffn.net.2.": ".ffn.2.",
+    },
+    "LTXPipeline": {},
+}
 WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
@@ -34,8 +47,8 @@ def export(
         checkpoint (`str` or `Path`): a folder of `save_model`, or a training checkpoint.
         format (`str`):
             `"diffusers"`, a pipeline folder with the LoRA fused into its weights and the student's scheduler;
-            `"kohya"`, one file for ComfyUI and kohya's tools: `lora_unet_...` for UNets, and for transformers, which
-            they know by diffusers' names, these.
+            `"kohya"`, one file for ComfyUI and kohya's tools: `lora_unet_...` for UNets, `diffusion_model....` for
+            Wan and LTX-Video, and for the other transformers, which they know by diffusers' names, these.
         base (`str`, *optional*): path or Hub id of the base pipeline; by default the one of the training.
         dtype (`torch.dtype`): of the written pipeline.
 
@@ -58,7 +71,10 @@ def export(
         raise ValueError(f"{output_dir} is the checkpoint itself: name another `output_dir`.")
     output_dir.mkdir(parents=True, exist_ok=True)
     if format == "kohya":
-        return export_kohya(weights, output_dir / f"{checkpoint.resolve().name}.safetensors")
+        file, metrics = checkpoint / "metrics.json", {}
+        if file.is_file():
+            metrics = json.loads(file.read_text())
+        return export_kohya(weights, output_dir / f"{checkpoint.resolve().name}.safetensors", metrics.get("pipeline"))
     loading = {"base_model": base}
     if base is None:
         loading = base_in(json.loads((checkpoint / "metrics.json").read_text())["settings"])
@@ -91,8 +107,10 @@ def fuse(pipeline: DiffusionPipeline, checkpoint: Path) -> DiffusionPipeline:
     return pipeline
 
 
-def export_kohya(weights: Path, file: Path) -> Path:
+def export_kohya(weights: Path, file: Path, pipeline: str | None = None) -> Path:
     """
+    Writes a LoRA of the class `pipeline`, where that is known, under the names of other programs.
+
     The converter's alpha is the rank, which is right: so is that of every file that we save. Where no alpha stands, as
     under transformers' names, the readers take the rank too.
     """
@@ -104,5 +122,16 @@ def export_kohya(weights: Path, file: Path) -> Path:
             key.startswith("lora_te2_") for key in state
         ):  # Stable Diffusion 1 and 2 have one, without a number
             state = {key.replace("lora_te1_", "lora_te_"): value for key, value in state.items()}
+    if pipeline in COMFY_NAMES:
+        state = {comfy_name(key, COMFY_NAMES[pipeline]): value for key, value in state.items()}
     save_file(state, file)
     return file
+
+
+def comfy_name(key: str, names: dict[str, str]) -> str:
+    """The first of `names` that stands in a layer's name is replaced, and the prefix is ComfyUI's."""
+    for ours, theirs in names.items():
+        if ours in key:
+            key = key.replace(ours, theirs)
+            break
+    return f"diffusion_model.{key.removeprefix('transformer.')}"

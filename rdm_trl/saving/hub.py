@@ -21,7 +21,7 @@ CARD = """---
 
 # {{ name }}: {{ num_steps }}-step {{ kind }} for {{ base_name }}
 
-A {{ kind }} that lets {{ base_name }} draw an image in {{ num_steps }} unguided denoising steps instead of
+A {{ kind }} that lets {{ base_name }} draw {{ drawn }} in {{ num_steps }} unguided denoising steps instead of
 {{ settings.teacher_num_steps }} guided ones. It was distilled with [rdm_trl](https://huggingface.co/papers/2603.28460):
 {{ method }}.
 {% if picture %}
@@ -32,12 +32,11 @@ How the run went, on one page: [report.html]({{ report }}).
 ```python
 import torch
 from diffusers import {{ pipeline_class }}, {{ scheduler_class }}
-{{ lora_import }}{{ base_import }}
+{{ lora_import }}{{ base_import }}{{ show_import }}
 pipe = {{ pipeline_class }}.{{ loader }}({{ base }}, dtype=torch.float32)
 {{ load_lora }}
 pipe.scheduler = {{ scheduler_class }}.from_pretrained({{ repo }}, subfolder="scheduler")
-image = {{ call }}.images[0]
-image.save("image.png")
+{{ show }}
 ```
 
 The scheduler is part of the model: with another one the student was never trained. Its timesteps are {{ timesteps }}.
@@ -49,6 +48,8 @@ The scheduler is part of the model: with another one the student was never train
 {{ figures_note }}
 {% endif %}{% if grid %}
 ![teacher, base and student]({{ grid }})
+{% endif %}{% if animation %}
+![the same as videos]({{ animation }})
 {% endif %}
 ## Settings
 
@@ -124,7 +125,8 @@ def run_settings(trainer) -> dict[str, Any]:
 def write_metrics(trainer, folder: Path):
     """`metrics.json` of a checkpoint: figures, settings and cost so far."""
     trainer.cost |= {"updates": trainer.state.global_step, "peak_memory_mb": peak_memory_mb()}
-    metrics = {**trainer.metrics, "settings": trainer.settings(), "cost": trainer.cost}
+    pipeline = type(trainer.family.pipeline).__name__  # whose layers' names an export may have to translate
+    metrics = {**trainer.metrics, "pipeline": pipeline, "settings": trainer.settings(), "cost": trainer.cost}
     folder.mkdir(parents=True, exist_ok=True)
     # NumPy's numbers count as numbers.
     text = json.dumps(metrics, indent=2, default=lambda value: value.item())
@@ -137,10 +139,11 @@ def save_checkpoint(trainer, folder: Path):
     trainer.model.save(trainer.family, folder)
     trainer.student_scheduler.save_pretrained(folder / "scheduler")
     write_metrics(trainer, folder)
-    grid = Path(trainer.args.output_dir) / "samples" / "grid.png"
-    if grid.exists() and not (folder / "samples" / "grid.png").exists():
-        (folder / "samples").mkdir(exist_ok=True)
-        shutil.copy(grid, folder / "samples" / "grid.png")
+    for name in ("grid.png", "grid.webp"):
+        grid = Path(trainer.args.output_dir) / "samples" / name
+        if grid.exists() and not (folder / "samples" / name).exists():
+            (folder / "samples").mkdir(exist_ok=True)
+            shutil.copy(grid, folder / "samples" / name)
     write_card(trainer, folder, trainer.hub_model_id if folder == Path(trainer.args.output_dir) else None)
 
 
@@ -170,13 +173,16 @@ def figures_table(metrics: dict, names: Iterable[str] = ("teacher", "base", "stu
     return "\n".join(lines)
 
 
-def write_card_picture(folder: Path, seconds: dict[str, float], is_lora: bool) -> str:
-    """`samples/card.png` from the folder's grid; its path in the folder, or nothing where there is no grid."""
+def write_card_picture(folder: Path, seconds: dict[str, float], is_lora: bool, each: str = "an image") -> str:
+    """
+    `samples/card.png` from the folder's grid, whose `seconds` are of `each`; its path in the folder, or nothing where
+    there is no grid.
+    """
     grid = read_grid(folder / "samples" / "grid.png")
     if grid is None:
         return ""
     below = {"teacher": seconds.get("teacher"), "student": student_seconds(seconds, is_lora)}
-    below = {who: f"{format_seconds(value)} an image" for who, value in below.items() if value}
+    below = {who: f"{format_seconds(value)} {each}" for who, value in below.items() if value}
     if is_lora and "student" in below:
         below["student"] += ", LoRA fused"
     card_picture(grid[0], below).save(folder / "samples" / "card.png")
@@ -201,7 +207,9 @@ def write_card(
         tags (`str` or `list[str]`, *optional*): beside the trainer's own.
     """
     settings, metrics, family = trainer.settings(), trainer.metrics, trainer.family
-    picture = write_card_picture(folder, trainer.cost.get("seconds_per_image", {}), trainer.model.kind == "LoRA")
+    drawn = "an image" if family.num_frames is None else "a video"
+    seconds = trainer.cost.get("seconds_per_image", {})
+    picture = write_card_picture(folder, seconds, trainer.model.kind == "LoRA", drawn)
     base = None if trainer.is_demo else trainer.base_model
     repo = repo or str(folder.absolute())
     kind = trainer.model.kind
@@ -244,7 +252,9 @@ def write_card(
         timesteps=family.student_scheduler.timesteps.tolist(),
         lora_import=lora_import,
         load_lora=load_lora,
-        call=family.call_code(trainer.train_dataset[0]["prompt"], settings["sample_num_steps"]),
+        show_import=family.show_import,
+        show=family.show_code(family.call_code(trainer.train_dataset[0]["prompt"], settings["sample_num_steps"])),
+        drawn=drawn,
         num_steps=settings["sample_num_steps"],
         note=family.card_note,
         picture=picture,
@@ -254,5 +264,6 @@ def write_card(
         table=figures_table(metrics) if "student" in metrics else "",
         figures_note=metrics.get("note", ""),
         grid="samples/grid.png" if (folder / "samples" / "grid.png").exists() else "",
+        animation="samples/grid.webp" if (folder / "samples" / "grid.webp").exists() else "",
     )
     card.save(folder / "README.md")

@@ -54,6 +54,12 @@ def save_grid(picture: Image.Image, file: Path):
     picture.save(file, pnginfo=info)
 
 
+def save_animation(pictures: list[Image.Image], file: Path, frame_rate: int):
+    """An animated WebP of pictures of one size, `frame_rate` a second, again from its end."""
+    first, *others = pictures
+    first.save(file, save_all=True, append_images=others, duration=round(1000 / frame_rate), loop=0, quality=80)
+
+
 def read_grid(file: Path) -> tuple[dict[str, list[list[Image.Image]]], list[str]] | None:
     """`columns` and `prompts` of `comparison_grid`; `None` for a picture that does not say what it shows."""
     try:

@@ -25,6 +25,7 @@ UPLOADED_FILES = [
     "transformer/*",
     "scheduler/scheduler_config.json",
     "samples/*.png",
+    "samples/*.webp",
     "report.html",
 ]
 

@@ -14,7 +14,19 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from peft import LoraConfig
-from tiny_pipelines import CASES, make, make_dit, make_family_trainer, make_flux, make_sd3, rollout_of, run_card
+from tiny_pipelines import (
+    CASES,
+    family_for,
+    images_of,
+    make,
+    make_dit,
+    make_family_trainer,
+    make_flux,
+    make_ltx,
+    make_sd3,
+    rollout_of,
+    run_card,
+)
 from transformers import BatchFeature
 
 from rdm_trl.method.diffusion import NoiseProcess, make_student_scheduler
@@ -22,7 +34,7 @@ from rdm_trl.models.pipelines import base, family_of
 
 
 # Whose pipelines can be told how long a prompt may be.
-LIMITED = ["sd3", "flux_dev", "pixart_sigma", "sana", "lumina2", "z_image", "qwen_image", "flux2_klein"]
+LIMITED = ["sd3", "flux_dev", "pixart_sigma", "sana", "lumina2", "z_image", "qwen_image", "flux2_klein", "wan", "ltx"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -101,8 +113,8 @@ def test_the_teachers_guidance_is_the_pipelines(name, scale, tmp_path):
         torch.manual_seed(5)
         base(**case.guided(list(prompts), scale, negative), num_inference_steps=2, output_type="pt")
         options = dict(sample_guidance_scale=scale, negative_prompts=negative)
-        if name in ("sana", "z_image"):
-            options |= case.size  # their own is 1024 x 1024, whatever the model's
+        if name in ("sana", "z_image", "wan", "ltx"):
+            options |= case.size  # their own is large, whatever the model's
         trainer = make_family_trainer(case, tmp_path, pipeline, **options)
         process = NoiseProcess(base.scheduler)
         for output, t, sample in seen:
@@ -281,6 +293,13 @@ def test_bad_options(options, message, tmp_path):
         ("sdxl", dict(max_sequence_length=9), "`max_sequence_length` cannot be given to a call of StableDiffusionXL"),
         ("dit", dict(sample_timesteps=[999, 500, 200]), "`sample_timesteps` cannot be given to a call of DiTPipeline"),
         ("sd3", dict(sample_height=8, sample_width=10), r"\(8 x 10\) must be divisible by 4 for StableDiffusion3"),
+        ("sd3", dict(sample_num_frames=5), "`sample_num_frames` is for videos, and StableDiffusion3Pipeline draws im"),
+        ("wan", dict(sample_num_frames=6), "makes one frame and 4 for each further frame of latents: 5 or 9"),
+        ("ltx", dict(sample_num_frames=4), "makes one frame and 4 for each further frame of latents: 1 or 5"),
+        ("wan", dict(sample_sigmas=[1.0, 0.5, 0.2]), "`sample_sigmas` cannot be given to a call of WanPipeline"),
+        ("ltx", dict(sample_sigmas=[1.0, 0.5, 0.2]), "`sample_sigmas` cannot be given to a call of LTXPipeline"),
+        ("wan", dict(adversarial_weight=0.1, image_dataset="none"), "are for images, and WanPipeline draws videos"),
+        ("sd3", dict(reward_frame_stride=2), "`reward_frame_stride` is for the frames of videos"),
         ("dit", dict(sample_height=8, sample_width=16), "DiTPipeline draws images of 8 x 8 pixels only"),
         ("ddpm", dict(sample_height=8, sample_width=16), "DDPMPipeline draws images of 8 x 8 pixels only"),
     ],
@@ -308,11 +327,6 @@ def test_classes_by_name_and_by_number():
 # --------------------------------------------------------------------------------------------------- parts of a family
 
 
-def family_for(name):
-    size = CASES[name].size
-    return family_of(make(CASES[name]), size.get("sample_height"), size.get("sample_width"))
-
-
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("z_image", "qwen_image")])
 def test_nothing_stays_on_the_cpu(name):
     """With latents elsewhere, on "meta" for want of a GPU, so is all that the denoiser is given."""
@@ -330,7 +344,9 @@ def test_nothing_stays_on_the_cpu(name):
     for module in family.pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.to("meta")
-    assert family.decode(torch.empty(shape, device="meta")).shape == (2, 3, family.height, family.width)
+    frames = () if family.num_frames is None else (family.num_frames,)
+    images = family.decode(torch.empty(shape, device="meta"))
+    assert images.shape == (2, 3, *frames, family.height, family.width)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -358,6 +374,35 @@ def test_conditions_that_no_prompt_gives_are_refused():
     pipeline.transformer.register_to_config(guidance_embeds=True)
     with pytest.raises(ValueError, match="guidance_embeds"):
         family_of(pipeline)
+
+
+def test_what_a_student_of_videos_is_not_made_for_is_refused():
+    for options, message in (
+        (dict(boundary_ratio=0.9), "two experts"),
+        (dict(expand_timesteps=True), "expand_timesteps"),
+    ):
+        pipeline = make(CASES["wan"])
+        pipeline.register_to_config(**options)
+        with pytest.raises(ValueError, match=message):
+            family_of(pipeline)
+    pipeline = make(CASES["wan"])
+    pipeline.register_modules(transformer_2=pipeline.transformer)
+    with pytest.raises(ValueError, match="two experts"):
+        family_of(pipeline)
+    noisy = make_ltx(vae_options={"decoder_inject_noise": (True, False, False)})
+    with pytest.raises(ValueError, match="decoder_inject_noise"):
+        family_of(noisy)
+
+
+def test_an_autoencoder_that_is_told_of_noise():
+    """LTX-Video's newer ones: by default the pipeline's call says there is none."""
+    pipeline = make_ltx(vae_options={"timestep_conditioning": True})
+    family = family_for("ltx", pipeline)
+    latents = torch.randn(1, *family.latent_shape)
+    size = dict(height=32, width=64, num_frames=5, num_inference_steps=1, output_type="pt")
+    pipeline.scheduler.step = lambda *args, **kwargs: (latents,)
+    expected = images_of(pipeline("a dress", **size))
+    torch.testing.assert_close(family.decode(latents), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_an_ip_adapter_is_refused():

@@ -8,13 +8,13 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny_pipelines import CASES, make
+from tiny_pipelines import CASES, family_for, images_of, make, make_family_trainer
 
 from rdm_trl.cli import main
 from rdm_trl.models.lora import make_roles
 from rdm_trl.models.pipelines import family_of
 from rdm_trl.models.roles import Roles
-from rdm_trl.saving.export import export
+from rdm_trl.saving.export import WEIGHTS, export
 
 
 RANK, ALPHA = 2, 5.0
@@ -108,7 +108,7 @@ def test_a_styled_student_alone_has_the_weights_of_its_role(name, tmp_path):
     case = CASES[name]
     styled = save(make(case), tmp_path / "style")
     make(case).save_pretrained(tmp_path / "base")
-    family = family_of(make(case), case.size.get("sample_height"), case.size.get("sample_width"))
+    family = family_for(name)
     lora = LoraConfig(r=3, lora_alpha=7, target_modules=family.lora_target_modules[:2])
     roles = make_roles(family, lora, teacher_lora=tmp_path / "style")
     condition = family.encode_prompts(list(case.prompts))
@@ -165,6 +165,29 @@ def test_the_command_exports_what_draws_as_the_student(tmp_path, capsys):
     plain.load_lora_weights(tmp_path / "comfy" / "run.safetensors")
     plain.scheduler = fused.scheduler
     torch.testing.assert_close(draw(plain), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, layer", [("wan", "blocks.0.cross_attn.o"), ("ltx", "transformer_blocks.0.attn2.to_out.0")]
+)
+def test_a_video_lora_under_comfyuis_names_draws_as_the_students_own(name, layer, tmp_path):
+    """diffusers reads these names as those of the models' own repositories."""
+    case = CASES[name]
+    options = dict(lora=LoraConfig(r=RANK, lora_alpha=ALPHA, init_lora_weights=False), rewards=(), **case.size)
+    trainer = make_family_trainer(case, tmp_path, make(case), **options)
+    trainer.save_model()
+    file = export(tmp_path / "run", tmp_path / "comfy", "kohya")
+    assert f"diffusion_model.{layer}.lora_A.weight" in load_file(file)
+    images = []
+    for lora in (tmp_path / "run", file):
+        plain = make(case)
+        plain.load_lora_weights(lora)
+        generator = torch.Generator().manual_seed(0)
+        size = {key.removeprefix("sample_"): value for key, value in case.size.items()}
+        rest = dict(guidance_scale=1.0, num_inference_steps=2, generator=generator, output_type="pt")
+        images.append(images_of(plain(case.prompts[0], **size, **rest)))
+    assert torch.equal(*images)
+    assert len(load_file(file)) == len(load_file(tmp_path / "run" / WEIGHTS[0]))
 
 
 def test_what_cannot_be_exported(tmp_path):

@@ -8,12 +8,14 @@ from .class_conditional import DDIMFamily, DiTFamily, UnconditionalFamily
 from .flux import FluxFamily
 from .flux2 import Flux2KleinFamily
 from .loading import Base, base_in, base_of, load_pipeline, read_pipeline  # noqa: F401
+from .ltx import LTXFamily
 from .lumina import Lumina2Family
 from .pixart import PixArtSigmaFamily
 from .qwen_image import QwenImageFamily
 from .sana import SanaFamily
 from .stable_diffusion import StableDiffusionFamily, StableDiffusionXLFamily
 from .stable_diffusion_3 import StableDiffusion3Family
+from .wan import WanFamily
 from .z_image import ZImageFamily
 
 
@@ -28,6 +30,8 @@ FAMILIES = (
     ZImageFamily,
     QwenImageFamily,
     Flux2KleinFamily,
+    WanFamily,
+    LTXFamily,
     DiTFamily,
     UnconditionalFamily,
     DDIMFamily,
@@ -38,18 +42,21 @@ def family_of(
     pipeline: DiffusionPipeline,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
     max_sequence_length: int | None = None,
 ) -> PipelineFamily:
     """
-    The family of `pipeline`, for images of `height` and `width` pixels and prompts of so many tokens at most; all by
-    default the pipeline's own.
+    The family of `pipeline`, for images of `height` and `width` pixels, videos of so many frames, and prompts of so
+    many tokens at most; all by default the pipeline's own.
 
     Raises:
-        ValueError: the pipeline's class has no family, cannot draw that size, or has no limit for prompts.
+        ValueError: the pipeline's class has no family, cannot draw that size or so many frames, or has no limit
+            for prompts.
     """
     for family in FAMILIES:
         if isinstance(pipeline, family.pipeline_class):
             found = family(pipeline, height, width)
+            found.set_num_frames(num_frames)
             found.limit_prompts(max_sequence_length)
             return found
     supported = ", ".join(family.pipeline_class.__name__ for family in FAMILIES)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ...frames import contact_sheets
 from ...method.diffusion import make_student_scheduler
 
 
@@ -40,6 +41,7 @@ class PipelineFamily:
         dtype (`torch.dtype`): of its inputs.
         lora_target_modules (`list[str]`): layers that a default LoRA covers.
         latent_shape (`tuple[int]`): of one image's latents, in the form that the denoiser takes them.
+        num_frames (`int`, *optional*): of a video family's videos, which stand for images everywhere; else `None`.
         student_guidance_scale (`float`): `guidance_scale` of the student's plain pipeline call.
         encoder_loras (`dict`): LoRAs, as (config, weights), that prompts are encoded with, by the encoders' names.
 
@@ -54,8 +56,10 @@ class PipelineFamily:
     student_guidance_scale = 1.0
     embeds_guidance = False  # whether the network takes a guidance scale as an input, and the family gives it
     takes_timesteps = False  # whether the pipeline's call has `timesteps`
+    takes_sigmas = True  # whether it has `sigmas`, of the pipelines whose process is flow matching
     pipeline_tag = "text-to-image"
     card_class = "DiffusionPipeline"  # the class whose `from_pretrained` the model card calls
+    show_import = ""  # a line of the card's code, what `show_code` needs
     card_note = ""  # what the model card has to say of this family
 
     def __init__(self, pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None):
@@ -81,6 +85,7 @@ class PipelineFamily:
         # Named in every call of the pipeline, where they are not what it would do by itself.
         self.size = {} if height is None and width is None else {"height": self.height, "width": self.width}
         self.check_size()
+        self.num_frames = self.own_num_frames()
         self.latent_shape = self.shape_of_latents()
         self.prompt_limit = {}
         self.student_scheduler = None
@@ -142,6 +147,20 @@ class PipelineFamily:
         size = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         return size, size
 
+    def own_num_frames(self) -> int | None:
+        """Frames of the videos that the pipeline draws if it is not asked for others."""
+        return None
+
+    def set_num_frames(self, num_frames: int | None):
+        """
+        Frames of a video; None, the pipeline's own.
+
+        Raises:
+            ValueError: the pipeline draws images, or its autoencoder cannot make so many.
+        """
+        if num_frames is not None:
+            raise ValueError(f"`sample_num_frames` is for videos, and {type(self.pipeline).__name__} draws images.")
+
     def size_multiple(self) -> int:
         """What height and width must be divisible by."""
         return self.pipeline.vae_scale_factor
@@ -174,6 +193,8 @@ class PipelineFamily:
         """
         if timesteps is not None and not self.takes_timesteps:
             raise ValueError(f"`sample_timesteps` cannot be given to a call of {type(self.pipeline).__name__}.")
+        if sigmas is not None and not self.takes_sigmas:
+            raise ValueError(f"`sample_sigmas` cannot be given to a call of {type(self.pipeline).__name__}.")
         scheduler = self.pipeline.scheduler
         self.student_scheduler = make_student_scheduler(scheduler, num_steps, self.grid(num_steps), sigmas, timesteps)
         if sigmas is not None:
@@ -261,7 +282,7 @@ class PipelineFamily:
     # --------------------------------------------------------------------------------------------------------- images
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [0, 1], float32, differentiable in `latents`."""
+        """Images (B, 3, H, W), or videos (B, 3, F, H, W), in [0, 1], float32, differentiable in `latents`."""
         vae = self.pipeline.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         return (vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
@@ -296,8 +317,8 @@ class PipelineFamily:
         output_type: str = "pt",
     ) -> torch.Tensor:
         """
-        Images (B, 3, H, W) in [0, 1] of the pipeline itself, in the denoiser's current role; its noise from one
-        generator, or from one for each image.
+        Images (B, 3, H, W), or videos (B, 3, F, H, W), in [0, 1] of the pipeline itself, in the denoiser's current
+        role; its noise from one generator, or from one for each image.
         """
         arguments = self.call_arguments(prompts, guidance_scale, negative_prompt)
         if scheduler is self.student_scheduler:
@@ -312,9 +333,8 @@ class PipelineFamily:
             with self.encoders_at_hand(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 first = generator[0] if isinstance(generator, list) else generator
                 torch.manual_seed(first.initial_seed() + 1)
-                images = self.pipeline(
-                    **arguments, num_inference_steps=num_steps, generator=generator, output_type=output_type
-                ).images
+                rest = {"num_inference_steps": num_steps, "output_type": output_type, "return_dict": False}
+                images = self.pipeline(**arguments, **rest, generator=generator)[0]
         finally:
             self.pipeline.scheduler = base_scheduler
             if checker is not None:
@@ -345,8 +365,8 @@ class PipelineFamily:
         return torch.cat(images)
 
     def to_pil(self, images: torch.Tensor) -> list[Image.Image]:
-        """PIL images of (B, 3, H, W) in [0, 1]."""
-        return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
+        """PIL images of (B, 3, H, W) in [0, 1]; of videos (B, 3, F, H, W) some frames, side by side."""
+        return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(contact_sheets(images)))
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
@@ -391,6 +411,10 @@ class PipelineFamily:
         # A call with a grid of its own takes the number of steps from it.
         arguments |= self.student_grid or {"num_inference_steps": num_steps}
         return f"pipe({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+
+    def show_code(self, call: str) -> str:
+        """Two lines for the model card, which keep what the pipeline's `call` draws."""
+        return f'image = {call}.images[0]\nimage.save("image.png")'
 
 
 def dynamic_shift(
