@@ -26,7 +26,7 @@ def launch(folder: Path, *tasks: str) -> tuple[int, str, float]:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """In one launch what can be: most of its time is Python's start. The last task fails, which ends both processes."""
+    """In one launch what can be: most of its time is Python's start. The last task fails, which ends both."""
     folder = tmp_path_factory.mktemp("launched")
     returncode, errors, end = launch(folder, "same_samples", "guided", "resume", "stop", "fail")
     assert (folder / "fail" / "begun").exists(), errors[-3000:]
