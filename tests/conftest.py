@@ -103,6 +103,15 @@ def cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Also where a script takes all cores: it would take them for all later tests of this process too."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda number: None)
+        yield
+
+
 PROMPTS = ["a photo of a bag", "a dress", "a coat"]
 
 
