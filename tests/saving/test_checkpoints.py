@@ -36,24 +36,12 @@ def check_equal(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         assert torch.equal(weights[key], value), key
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the other process: sums in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of five updates that nothing interrupts, and its folder."""
     folder = tmp_path_factory.mktemp("whole")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     trainer = make_trainer(folder, [redness], max_steps=5, **OPTIONS)
     trainer.train()
-    torch.set_num_threads(threads)
     return trainer, folder / "run"
 
 
