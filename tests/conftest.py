@@ -1,4 +1,5 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+import gc
 import importlib.util
 import os
 import shutil
@@ -19,6 +20,8 @@ from rdm_trl.demo import DEMO_PIPELINE, DEMO_PROMPTS
 
 
 ROOT = Path(__file__).parents[1]
+# Every run collects garbage, and would look through all that was imported: a third of a short run's time.
+gc.freeze()
 
 
 def load_script(path: str):
@@ -97,6 +100,15 @@ def cache(tmp_path_factory):
         folder = str(tmp_path_factory.mktemp("cache"))
         patch.setattr(guidance, "HF_HOME", folder)
         patch.setenv("HF_HOME", folder)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Also where a script takes all cores: it would take them for all later tests of this process too."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda number: None)
         yield
 
 

@@ -1,10 +1,11 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""A run of test_checkpoints.py that does not reach its end: `interrupted.py HOW FOLDER`."""
+"""Runs of test_checkpoints.py that do not reach their end: `interrupted.py FOLDER HOW...`, one after the other."""
 
 import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -53,9 +54,20 @@ def main(how: str, folder: Path):
         limit = (1_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
         trainer.add_callback(At(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)))
     elif how in ("SIGTERM", "SIGINT"):
-        trainer.add_callback(At(2, lambda: print("started", flush=True)))
+        trainer.add_callback(At(2, (folder / "started").touch))
     trainer.train()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    for how in sys.argv[2:]:
+        folder = Path(sys.argv[1]) / how
+        process = os.fork()  # a whole process, whose imports are done
+        if process == 0:
+            main(how, folder)
+            break
+        if how in ("SIGTERM", "SIGINT"):
+            while not (folder / "started").exists():
+                time.sleep(0.01)
+            os.kill(process, signal.Signals[how])
+        returncode = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        print(f"\n{how} ended: {returncode}", file=sys.stderr, flush=True)

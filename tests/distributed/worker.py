@@ -1,11 +1,12 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""One of the processes of test_processes.py: `worker.py TASK FOLDER`."""
+"""One of the processes of test_processes.py: `worker.py FOLDER TASK...`, each task in a folder of its own."""
 
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
@@ -121,20 +122,19 @@ def stop(folder: Path):
         time.sleep(2)
         save(*args)
 
-    TrainerState.save_to_json = slowly
-
     class Signal(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if rank == 1 and state.global_step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     trainer.add_callback(Signal())
-    try:
-        trainer.train()
-    except SystemExit as end:
-        assert end.code == 128 + signal.SIGTERM
-    resumed = make_trainer(folder, max_steps=4)
-    resumed.train(resume_from_checkpoint=True)
+    with patch.object(TrainerState, "save_to_json", slowly):
+        try:
+            trainer.train()
+        except SystemExit as end:
+            assert end.code == 128 + signal.SIGTERM
+        resumed = make_trainer(folder, max_steps=4)
+        resumed.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 3 and resumed.state.global_step == 4
     (folder / f"stopped-{rank}").touch()
 
@@ -163,12 +163,15 @@ def fail(folder: Path):
             raise RuntimeError("out of ink")
         return redness(images, prompts, metadata)
 
-    make_trainer(folder, [broken]).train()
+    trainer = make_trainer(folder, [broken])
+    (folder / "begun").touch()
+    trainer.train()
 
 
 def kill(folder: Path):
     """The second process dies as one does that runs out of memory."""
     trainer = make_trainer(folder, max_steps=20, save_strategy="steps", save_steps=1)
+    (folder / "begun").touch()
 
     class Kill(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -181,8 +184,10 @@ def kill(folder: Path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    tasks = (same_samples, resume, stop, guided, fail, kill)
-    {task.__name__: task for task in tasks}[sys.argv[1]](Path(sys.argv[2]))
+    for name in sys.argv[2:]:
+        folder = Path(sys.argv[1]) / name
+        folder.mkdir(exist_ok=True)
+        {task.__name__: task for task in (same_samples, guided, resume, stop, fail, kill)}[name](folder)
     PartialState().destroy_process_group()
     # Gloo's threads abort the interpreter's end now and then, when all is done: "terminate called without an active".
     sys.stdout.flush()

@@ -27,12 +27,6 @@ from rdm_trl.saving.checkpoint import find_checkpoint, last_complete_checkpoint,
 ROOT = Path(__file__).parents[2]
 
 
-def start(how: str, folder: Path) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "interrupted.py"), how, str(folder)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def weights_of(trainer) -> dict[str, torch.Tensor]:
     return {f"{name}.{k}": v for name in trainer.model.adapters for k, v in trainer.model.adapter_state(name).items()}
 
@@ -42,25 +36,35 @@ def check_equal(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         assert torch.equal(weights[key], value), key
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the other process: sums in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of five updates that nothing interrupts, and its folder."""
     folder = tmp_path_factory.mktemp("whole")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     trainer = make_trainer(folder, [redness], max_steps=5, **OPTIONS)
     trainer.train()
-    torch.set_num_threads(threads)
     return trainer, folder / "run"
+
+
+ENDS = {
+    "killed-adapters": -signal.SIGKILL,
+    "killed-state": -signal.SIGKILL,
+    "disk": 1,
+    "SIGTERM": 128 + signal.SIGTERM,
+    "SIGINT": -signal.SIGINT,
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """Of each end of a run its folder, exit status and errors."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "interrupted.py"), str(folder), *ENDS]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ended = re.findall(r"(.*?)^(\S+) ended: (-?\d+)$", result.stderr, flags=re.S | re.M)
+    assert [how for _, how, _ in ended] == list(ENDS)
+    return {how: (folder / how, int(returncode), errors) for errors, how, returncode in ended}
 
 
 @pytest.fixture
@@ -87,39 +91,34 @@ def check_that_it_goes_on(folder: Path, whole):
 
 
 @pytest.mark.parametrize("how, torn", [("killed-adapters", "checkpoint.json"), ("killed-state", "trainer_state.json")])
-def test_a_run_killed_in_the_middle_of_a_save_goes_on_from_the_checkpoint_before(tmp_path, whole, warned, how, torn):
-    process = start(how, tmp_path)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == -signal.SIGKILL, errors[-3000:]
-    assert (tmp_path / "run" / "checkpoint-4").is_dir()
-    assert last_complete_checkpoint(tmp_path / "run").name == "checkpoint-2"
+def test_a_run_killed_in_a_save_goes_on_from_the_checkpoint_before(interrupted, whole, warned, how, torn):
+    folder, returncode, errors = interrupted[how]
+    assert returncode == ENDS[how], errors[-3000:]
+    assert (folder / "run" / "checkpoint-4").is_dir()
+    assert last_complete_checkpoint(folder / "run").name == "checkpoint-2"
     assert len(warned) == 1 and f"checkpoint-4 is skipped: {torn} is missing or torn" in warned[0]
-    check_that_it_goes_on(tmp_path, whole)
-    assert last_complete_checkpoint(tmp_path / "run").name == "checkpoint-5"
+    check_that_it_goes_on(folder, whole)
+    assert last_complete_checkpoint(folder / "run").name == "checkpoint-5"
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, whole):
-    process = start("disk", tmp_path)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 1 and "File too large" in errors
-    assert last_complete_checkpoint(tmp_path / "run").name == "checkpoint-2"
-    check_that_it_goes_on(tmp_path, whole)
+def test_a_full_disk_leaves_the_checkpoint_before(interrupted, whole):
+    folder, returncode, errors = interrupted["disk"]
+    assert returncode == ENDS["disk"] and "File too large" in errors
+    assert last_complete_checkpoint(folder / "run").name == "checkpoint-2"
+    check_that_it_goes_on(folder, whole)
 
 
-@pytest.mark.parametrize("name, returncode", [("SIGTERM", 128 + signal.SIGTERM), ("SIGINT", -signal.SIGINT)])
-def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, name, returncode):
-    process = start(name, tmp_path)
-    assert any("started" in line for line in process.stdout)
-    process.send_signal(signal.Signals[name])
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == returncode, errors[-3000:]
-    folder = last_complete_checkpoint(tmp_path / "run")
-    step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, interrupted, name):
+    folder, returncode, errors = interrupted[name]
+    assert returncode == ENDS[name], errors[-3000:]
+    newest = last_complete_checkpoint(folder / "run")
+    step = json.loads((newest / "trainer_state.json").read_text())["global_step"]
     assert 2 <= step < 20 and f"Stopped at step {step} by {name}" in errors
     # Wherever the signal came: the run goes on as if it had not.
-    alone = make_trainer(tmp_path / "alone", [redness], max_steps=step + 1, **OPTIONS)
+    alone = make_trainer(tmp_path, [redness], max_steps=step + 1, **OPTIONS)
     alone.train()
-    resumed = make_trainer(tmp_path, [redness], max_steps=step + 1, **OPTIONS)
+    resumed = make_trainer(folder, [redness], max_steps=step + 1, **OPTIONS)
     resumed.train(resume_from_checkpoint=True)
     check_equal(weights_of(resumed), weights_of(alone))
 
