@@ -21,7 +21,7 @@ INHERITED = {
 }
 # Of the teacher's images, and their number, where guidance is absorbed: by default.
 TEACHER_GUIDANCE_SCALE = 1.75
-NUM_TEACHER_IMAGES = 1500
+NUM_TEACHER_IMAGES = 300
 # Schedules that need no more than the number of updates and of warm-up updates.
 FAKE_SCHEDULES = (
     "linear",
@@ -83,13 +83,11 @@ class RdmDistillConfig(TrainingArguments):
             samples: less memory, more time. With `prompt_cache_dir` prompts of an earlier run need none.
         num_teacher_images (`int`, *optional*):
             Absorbed guidance: so many images of the training prompts are drawn by the guided teacher
-            (`teacher_num_steps`, `teacher_guidance_scale`, its own scheduler) before the first update, and an adapter
-            of its own, the target, learns them. It then takes the teacher's place in R_dm, without guidance. By
-            default `1500` where `teacher_guidance_scale` is above 1 and `sample_guidance_scale` is not given, else
-            `0`, which turns it off. Without effect on pipelines that have no guidance.
-        target_updates (`int`, *optional*, defaults to `300`):
-            The most updates of the target, at `fake_learning_rate`. It ends earlier where the average of its weights
-            denoises held-out images hardly better any more, and is left as that was at its best.
+            (`teacher_num_steps`, `teacher_guidance_scale`, its own scheduler) before the first update, and the target
+            is fitted to them: the teacher with guidance of a weight of its own at each noise level. It then takes the
+            teacher's place in R_dm. By default `300` where `teacher_guidance_scale` is above 1 and
+            `sample_guidance_scale` is not given, else `0`, which turns it off. Without effect on pipelines that have
+            no guidance.
         teacher_cache_dir (`str`, *optional*):
             Folder that keeps the teacher's images, the target, and the latents that evaluation draws of teacher and
             base, so that later runs of the same teacher and prompts need not make them again; by default `rdm_trl` in
@@ -278,9 +276,8 @@ class RdmDistillConfig(TrainingArguments):
     )
     num_teacher_images: int | None = field(
         default=None,
-        metadata={"help": "Images of the guided teacher that R_dm's teacher learns: 1500, or 0 without guidance."},
+        metadata={"help": "Images of the guided teacher that R_dm's is fitted to: 300, or 0 without guidance."},
     )
-    target_updates: int = field(default=300, metadata={"help": "The most updates of R_dm's teacher on them."})
     teacher_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder that keeps the teacher's images and what learned them."}
     )
@@ -472,7 +469,6 @@ class RdmDistillConfig(TrainingArguments):
             ("adversarial_weight", 0),
             ("reward_warmup", 0),
             ("num_teacher_images", 0),
-            ("target_updates", 1),
         ):
             if getattr(self, name) < smallest:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {smallest}.")
@@ -556,8 +552,6 @@ class RdmDistillConfig(TrainingArguments):
     def _check_guidance(self):
         if self.num_teacher_images == 0:
             return
-        if self.num_teacher_images == 1:
-            raise ValueError("`num_teacher_images` is 1, but must be 0 or at least 2: some are held out.")
         if self.teacher_guidance_scale <= 1:
             raise ValueError(
                 f"`num_teacher_images` is {self.num_teacher_images}, but `teacher_guidance_scale` is "

@@ -1,25 +1,24 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """
-Absorbed guidance: before the first update the guided teacher draws images, and the target learns them. Both stay on
-disk, under the name of all that they depend on; and so do the images that evaluation compares.
+Absorbed guidance: before the first update the guided teacher draws images, and the target is fitted to them. Both stay
+on disk, under the name of all that they depend on; and so do the images that evaluation compares.
 """
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers.utils import logging
 
 from .method import target
-from .models.roles import TARGET, TEACHER
+from .models.roles import TEACHER
 from .prompts import fingerprint, write_tensors
 from .saving import checkpoint
 
@@ -28,6 +27,8 @@ logger = logging.get_logger(__name__)
 
 # Of the images' noise and the order of their prompts. Not the run's: runs of other seeds share the images.
 SEED = 0
+# Noise levels at which each image is looked at for the fit.
+LEVELS = 8
 
 
 def image_prompts(prompts: list[str], number: int) -> list[str]:
@@ -180,94 +181,86 @@ class GuidedImages:
         return list(latents.cpu().contiguous())
 
 
-def key_of_target(trainer, images: GuidedImages) -> str:
-    """The name of all that the target depends on; no two runs of one name train another target."""
-    args = trainer.args
-    names = ("num_teacher_images", "target_updates", "fake_learning_rate", "weight_decay", "max_grad_norm", "optim")
-    what = {name: getattr(args, name) for name in names}
-    what["adapter"] = trainer.model.adapter_config(TARGET)
-    what["draws"] = [
-        target.BATCH,
-        target.DECAY,
-        target.EVERY,
-        target.PATIENCE,
-        target.SHARE,
-        target.JUDGED,
-        target.SEED,
-    ]
-    return f"{images.key}-{digest(description(what))}"
+def key_of_target(images: GuidedImages) -> str:
+    """The name of all that the target depends on; no two runs of one name fit another target."""
+    draws = [images.trainer.args.num_teacher_images, LEVELS, target.KNOTS, target.RIDGE]
+    return f"{images.key}-{digest(description({'draws': draws}))}"
 
 
 def absorb_for(trainer, resumed_from: str | None):
     """`RdmDistillTrainer.absorb_guidance`: nothing is done where the target is there, or in the checkpoint."""
     images = GuidedImages(trainer)
-    key = key_of_target(trainer, images)
-    known = trainer.target_key if resumed_from is None else checkpoint.key_of_target(Path(resumed_from))
-    if known != key:
+    key = key_of_target(images)
+    if resumed_from is not None and trainer.target_key != key:
+        trainer.target_key, trainer.target = checkpoint.read_target(Path(resumed_from))
+    if trainer.target_key != key:
         absorb_guidance(trainer, images, key)
     trainer.target_key = key
 
 
 def absorb_guidance(trainer, images: GuidedImages, key: str):
     """
-    Makes the role "target" what learned `images`, by training or from the disk, and notes its cost.
+    Makes `trainer.target` what fits `images`, now or from the disk, and notes its cost.
 
     Raises:
-        FloatingPointError: an image, a loss or a gradient is not finite.
+        FloatingPointError: an image or a prediction is not finite.
         OSError: the cache cannot be written.
     """
-    args, model, main = trainer.args, trainer.model, trainer.accelerator.is_main_process
-    file = images.folder / f"target-{key.split('-')[1]}.safetensors"
-    start, cost = time.perf_counter(), {"teacher_images": 0, "target_updates": 0}
-    if broadcast_object_list([main and file.exists()])[0]:
+    main, file = trainer.accelerator.is_main_process, images.folder / f"target-{key.split('-')[1]}.safetensors"
+    start, drawn = time.perf_counter(), 0
+    found = broadcast_object_list([load_file(file)["weights"] if main and file.exists() else None])[0]
+    if found is None:
+        trainer.encode_negative([trainer.args.negative_prompts])  # refused here, where the pipeline has none
+        latents, drawn = images()
+        found = fit(trainer, latents, images.prompts)
         if main:
-            model.load_adapter(TARGET, load_file(file))
-        for parameter in model.adapter_parameters(TARGET):
-            parameter.data = broadcast(parameter.data)
-    else:
-        trainer.encode_negative([args.negative_prompts])  # refused here, where the pipeline has none
-        latents, cost["teacher_images"] = images()
-        cost["target_updates"] = train(trainer, latents, images.prompts, file.with_suffix(".pt"))
-        if main:
-            write_tensors(file, model.adapter_state(TARGET))
-            file.with_suffix(".pt").unlink(missing_ok=True)
-    trainer.cost |= {**cost, "target_seconds": time.perf_counter() - start}
+            write_tensors(file, {"weights": found})
+    trainer.target = found
+    trainer.cost |= {"teacher_images": drawn, "target_seconds": time.perf_counter() - start}
 
 
-def train(trainer, latents: torch.Tensor, prompts: list[str], unfinished: Path) -> int:
-    """Trains the target on `latents` (N, ...) of `prompts`, from where `unfinished` was left; returns its updates."""
-    args, device, main = trainer.args, trainer.accelerator.device, trainer.is_world_process_zero()
-    if args.activation_checkpointing:
-        trainer.model.activation_checkpointing_enable()  # `Trainer` does so later
+def predict_halves(trainer, x_t, timesteps, condition) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's two denoised predictions (B, ...) whose difference is guidance."""
+    negative = trainer.encode_negative([trainer.args.negative_prompts])
+    outputs = trainer.family.halves(trainer.denoise_as_teacher, x_t, timesteps, condition, negative)
+    return tuple(trainer.process.to_x0(output, x_t, timesteps) for output in outputs)
 
-    def loss_at(draws: target.Draws) -> torch.Tensor:
-        timesteps = trainer.process.timesteps_at(draws.fractions).to(device)
-        x0, noise = latents[draws.rows].to(device), draws.noise.to(device)
-        return trainer.denoising_loss(TARGET, x0, noise, timesteps, trainer.encode([prompts[i] for i in draws.rows]))
 
-    def save(state: dict):
-        if main:
-            torch.save(state, unfinished.with_suffix(f".{os.getpid()}"))
-            unfinished.with_suffix(f".{os.getpid()}").replace(unfinished)
+def predict_target(trainer, x_t, timesteps, condition) -> torch.Tensor:
+    """The target's denoised prediction (B, ...)."""
+    halves, fractions = predict_halves(trainer, x_t, timesteps, condition), trainer.process.fractions(timesteps)
+    return target.predict(*halves, x_t, fractions, trainer.target.to(x_t.device))
 
-    state = torch.load(unfinished, "cpu", weights_only=True) if main and unfinished.exists() else None
-    state = broadcast_object_list([state])[0]
-    score = trainer.make_score(trainer.model.adapter_parameters(TARGET), "target", "constant", 0, args.target_updates)
-    hidden = args.disable_tqdm or not main
-    with tqdm(desc="training the target", total=args.target_updates, disable=hidden) as bar:
 
-        def progress(update: int, held_out_loss: float):
-            bar.update(update - bar.n)
-            bar.set_postfix(held_out_loss=f"{held_out_loss:.4f}")
-
-        sizes = len(latents), latents.shape[1:], args.target_updates, args.per_device_train_batch_size
-        updates, losses = target.train_target(score, loss_at, *sizes, state, save, progress)
-    if min(losses) == losses[0]:
-        logger.warning(
-            f"The target denoises held-out images of the guided teacher no better than the plain base: it has learned "
-            f"{len(latents)} images by heart, and its guidance is lost. Set a larger `num_teacher_images`."
-        )
-    return updates
+@torch.no_grad()
+def fit(trainer, latents: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """
+    Weights of the target from the teacher's two predictions of `latents` (N, ...) of `prompts`, each image at `LEVELS`
+    noise levels. What is drawn depends neither on the global generators nor on the number of processes.
+    """
+    args, process, device = trainer.args, trainer.process, trainer.accelerator.device
+    generator, found, rank = torch.Generator().manual_seed(SEED), [], args.process_index
+    rows = torch.arange(len(latents)).repeat(LEVELS)
+    fractions = target.draw_levels(len(rows), generator)
+    # As many passes on each process: in shards all take part in every one.
+    own = rows.new_tensor(range(rank, len(rows) + -len(rows) % args.world_size, args.world_size)) % len(rows)
+    size = args.per_device_eval_batch_size
+    hidden = args.disable_tqdm or not trainer.is_world_process_zero()
+    for part in tqdm(own.split(size), desc="fitting the target", disable=hidden):
+        x0 = latents[rows[part]].to(device)
+        noise = [torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(SEED + i)) for i in part.tolist()]
+        timesteps = process.timesteps_at(fractions[part]).to(device)
+        x_t = process.add_noise(x0, torch.stack(noise).to(device), timesteps)
+        with trainer.accelerator.autocast():
+            halves = predict_halves(trainer, x_t, timesteps, trainer.encode([prompts[i] for i in rows[part]]))
+        moments = target.moments(x0, *halves, x_t, process.fractions(timesteps))
+        found += list(zip(part.tolist(), *(value.cpu() for value in moments), strict=True))
+    draws = {row[0]: row[1:] for row in gather_object(found)}  # the same of several are one
+    moments = target.Moments(
+        *(torch.stack(values) for values in zip(*(draws[i] for i in range(len(rows))), strict=True))
+    )
+    trainer._check_finite("prediction of the teacher's images", moments.square)
+    return target.fit(moments)
 
 
 def description(what: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ class Memory:
     Args:
         denoiser, encoders, others: weights in bfloat16; `encoders` are 0 where they are offloaded, and `others` is the
             autoencoder. In shards `denoiser` is the device's part, and the block that is whole while it runs.
-        adapters: student, fake score, average and target in float32, with the gradients and AdamW states of the first
+        adapters: student, fake score and average in float32, with the gradients and AdamW states of the first
             two.
         activations: what the student's forward pass keeps for its backward pass. Where encoders are offloaded and
             larger, their size: they are on the device before that pass.
@@ -225,8 +225,8 @@ def memory_of(
     if activation_checkpointing:
         roles.activation_checkpointing_enable()
     one = (size_of(roles) - denoiser) // len(ADAPTERS)
-    # Weights of all, and of the target; a gradient and two moments of student and fake score.
-    adapters = one * (len(ADAPTERS) + 1 + 2 * 3)
+    # Weights of all; a gradient and two moments of student and fake score.
+    adapters = one * (len(ADAPTERS) + 2 * 3)
     return Memory(denoiser, encoders, others, adapters, saved_activations(family, roles, batch_size))
 
 

@@ -132,7 +132,7 @@ class RdmDistillTrainer(Trainer):
         # Model: one frozen denoiser and its adapters, equal on all processes
         set_seed(config.seed)
         absorbs = config.num_teacher_images > 0 and config.teacher_guidance_scale > 1 and self.family.has_guidance()
-        roles = make_roles(self.family, peft_config, teacher_lora, student_lora, absorbs)
+        roles = make_roles(self.family, peft_config, teacher_lora, student_lora)
         if sharding.is_asked_for():
             sharding.shard(roles, config.device)
         self.encode, self.encode_negative = prompt_caches(self.family, config, self.base_model)
@@ -159,7 +159,7 @@ class RdmDistillTrainer(Trainer):
         # Other noise on each process, from here on.
         set_seed(config.seed, device_specific=True)
 
-        self.absorbs_guidance, self.target_key, self.fake_score = absorbs, None, None
+        self.absorbs_guidance, self.target, self.target_key, self.fake_score = absorbs, None, None, None
         features = config.eval_feature_model and evaluation.PretrainedFeatures(config.eval_feature_model)
         self.judge = load_demo_judge() if self.is_demo and not features else evaluation.Judge(features)
         check_best_metric(config, [*self.judge.names, *self.rewards.names])
@@ -206,16 +206,15 @@ class RdmDistillTrainer(Trainer):
     def predict_teacher(self, x_t, timesteps, condition) -> torch.Tensor:
         """R_dm's teacher: the target, or the teacher with guidance as its pipeline computes it."""
         if self.absorbs_guidance:
-            self.cost["teacher_evaluations"] += len(x_t)
-            return self.predict_x0(self.model, "target", x_t, timesteps, condition)
-
-        def denoise(x_t, timesteps, condition):
-            self.cost["teacher_evaluations"] += len(x_t)
-            return self.family.denoise(lambda *a, **k: self.model("teacher", *a, **k), x_t, timesteps, condition)
-
-        negative = self.encode_negative([self.args.negative_prompts])
-        output = self.family.guide(denoise, x_t, timesteps, condition, negative, self.args.sample_guidance_scale)
+            return guidance.predict_target(self, x_t, timesteps, condition)
+        negative, scale = self.encode_negative([self.args.negative_prompts]), self.args.sample_guidance_scale
+        output = self.family.guide(self.denoise_as_teacher, x_t, timesteps, condition, negative, scale)
         return self.process.to_x0(output, x_t, timesteps)
+
+    def denoise_as_teacher(self, x_t, timesteps, condition) -> torch.Tensor:
+        """The teacher's raw output (B, ...), counted."""
+        self.cost["teacher_evaluations"] += len(x_t)
+        return self.family.denoise(lambda *a, **k: self.model("teacher", *a, **k), x_t, timesteps, condition)
 
     # ------------------------------------------------------------------------------------------- sample, score, update
 
@@ -230,7 +229,7 @@ class RdmDistillTrainer(Trainer):
             return super().train(folder, *args, **kwargs)
 
     def absorb_guidance(self, resumed_from: str | None = None):
-        """Before the first update: the guided teacher draws its images, and the target learns them."""
+        """Before the first update: the guided teacher draws its images, and the target is fitted to them."""
         guidance.absorb_for(self, resumed_from)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
@@ -578,7 +577,7 @@ class RdmDistillTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         folder = Path(resume_from_checkpoint)
-        checkpoint.load_adapters(folder, self.model, self.target_key)
+        checkpoint.load_adapters(folder, self.model)
         self.cost = checkpoint.read_metrics(folder)["cost"]
 
     def _load_optimizer_and_scheduler(self, folder: str | None):

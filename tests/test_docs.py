@@ -39,7 +39,6 @@ def small_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(guidance, "HF_HOME", str(tmp_path / "cache"))
     check = RdmDistillConfig.__post_init__
     most = {
-        "target_updates": 2,
         "max_steps": 2,
         "num_eval_images": 8,
         "teacher_num_steps": 2,

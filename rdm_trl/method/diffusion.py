@@ -93,6 +93,10 @@ class NoiseProcess:
             return timesteps
         return timesteps.long().clamp(max=self.num_train_timesteps - 1)
 
+    def fractions(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """What `timesteps` (B,) are of the training range, in [0, 1]."""
+        return timesteps.float() / self.num_train_timesteps
+
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Draw from the forward process: `a x0 + b noise`."""
         a, b = self.coefficients(timesteps, x0)

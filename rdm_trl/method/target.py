@@ -1,163 +1,88 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 r"""
-The target: a denoiser of the *guided* teacher's images, R_dm's teacher where guidance is absorbed.
+The target: R_dm's teacher where guidance is absorbed, fitted to what the guided teacher draws, in closed form.
 
 A guided sampler feels \\((w - 1)(\mu_c - \mu_u)\\) for a few small steps. Distribution matching follows its teacher to
 equilibrium at every noise level, and the equilibrium of the guided score is far sharper than what that sampler draws:
-the guided score is not the score of the guided samples. Denoising score matching on the samples learns the one that
-is (arXiv 1905.07088's theorem; to use it for this is ours).
+the guided score is not the score of the guided samples. The one that is, \\(E[x_0 | x_\tau]\\) over those samples, is
+the least-squares prediction of them (denoising score matching, arXiv 1905.07088's theorem). Here it is sought among
+\\(\mu_c + \sum_j w_j(\tau) f_j\\) with the features \\(f\\) of `features`: a few numbers a noise level, which a few
+hundred images determine and nothing has to be trained for. Ours.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
-
-from .fake_score import FakeScore
 
 
-# Draws of an update, over all processes: images at noise levels.
-BATCH = 64
-# Decay, per update, of the average of the weights, which is what is judged and kept.
-DECAY = 0.98
-# Updates between two looks at the held-out images. The end is where the last looks gained no more than a share of all
-# that was gained: the rest of the way costs as much as the way.
-EVERY = 20
-PATIENCE = 3
-SHARE = 0.05
-# Draws of a look, at least: each held-out image at as many levels as that takes.
-JUDGED = 512
-SEED = 0
+# Noise levels, evenly over the training range, between which the weights are interpolated linearly.
+KNOTS = 8
+# Added to the diagonal of the normal equations, relative to it: where the images say nothing, the weight is 0.
+RIDGE = 1e-3
 
 
-@dataclass
-class Draws:
+def draw_levels(number: int, generator: torch.Generator) -> torch.Tensor:
+    """Noise levels (number,) in [0, 1), one from each of as many equal parts of the range, shuffled."""
+    return (torch.randperm(number, generator=generator) + torch.rand(number, generator=generator)) / number
+
+
+def features(conditional: torch.Tensor, unconditional: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
     """
-    Images to denoise.
+    What the target is made of beside `conditional`, (B, 3, ...): guidance, the noisy image, of which networks leave
+    some or take too much, and `conditional` itself, whose contrast a sampler's steps and guidance change.
+    """
+    return torch.stack([conditional - unconditional, x_t, conditional], 1)
+
+
+def hats(fractions: torch.Tensor) -> torch.Tensor:
+    """Shares (B, KNOTS) of the knots at `fractions` (B,) in [0, 1]: linear between two, and their sum is 1."""
+    position = fractions.double().clamp(0, 1) * (KNOTS - 1)
+    return (1 - (position[:, None] - torch.arange(KNOTS, device=position.device)).abs()).clamp(min=0)
+
+
+class Moments(NamedTuple):
+    """
+    What the fit has to know of some noisy images: sums over an image's elements, by which it does not matter on which
+    process they were taken.
 
     Args:
-        rows (B,): which images.
-        fractions (B,): noise levels in [0, 1).
-        noise (B, ...): one Gaussian draw for each.
+        fractions (B,): noise levels in [0, 1].
+        gram (B, J, J): products of the features with each other.
+        correlation (B, J): their products with `x0 - conditional`.
+        square (B,): that residual's square.
     """
 
-    rows: torch.Tensor
     fractions: torch.Tensor
-    noise: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def own(self, size: int) -> list["Draws"]:
-        """This process's share of the draws, in nearly equal parts of at most `size`, and as many as any other's."""
-        state = PartialState()
-        own = [value[state.process_index :: state.num_processes] for value in (self.rows, self.fractions, self.noise)]
-        count = -(-len(self) // (state.num_processes * size))
-        return [Draws(*parts) for parts in zip(*(value.tensor_split(count) for value in own), strict=True)]
+    gram: torch.Tensor
+    correlation: torch.Tensor
+    square: torch.Tensor
 
 
-def split_images(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that the target learns, and the last tenth, at least one, that it is judged by."""
-    rows = torch.arange(number)
-    held_out = max(1, number // 10)
-    return rows[:-held_out], rows[-held_out:]
+def moments(x0, conditional, unconditional, x_t, fractions: torch.Tensor) -> Moments:
+    """Of images `x0` (B, ...), noised to `x_t` at `fractions` (B,), and their two predictions."""
+    f = features(conditional, unconditional, x_t).flatten(2).double()
+    residual = (x0 - conditional).flatten(1).double()
+    correlation = (f @ residual[:, :, None])[:, :, 0]
+    return Moments(fractions.double(), f @ f.transpose(1, 2), correlation, residual.square().sum(1))
 
 
-def draw(rows: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Draws:
-    """One draw for each of `rows` (B,), whose levels are one from each of B equal parts of the range, shuffled."""
-    number = len(rows)
-    fractions = (torch.randperm(number, generator=generator) + torch.rand(number, generator=generator)) / number
-    return Draws(rows, fractions, torch.randn(number, *shape, generator=generator))
-
-
-def is_settled(losses: list[float]) -> bool:
-    """Whether the last of these held-out losses, the first of which is the beginning's, gained next to nothing."""
-    if len(losses) <= PATIENCE:
-        return False
-    return min(losses[:-PATIENCE]) - min(losses) <= SHARE * (losses[0] - min(losses))
-
-
-def train_target(
-    score: FakeScore,
-    loss_at: Callable[[Draws], torch.Tensor],
-    num_images: int,
-    shape: tuple[int, ...],
-    max_updates: int,
-    batch_size: int,
-    state: dict | None = None,
-    save: Callable[[dict], None] = lambda state: None,
-    progress: Callable[[int, float], None] = lambda update, loss: None,
-) -> tuple[int, list[float]]:
+def fit(moments: Moments) -> torch.Tensor:
     """
-    Trains the target by denoising until the average of its weights denoises held-out images hardly better any more,
-    and leaves it as that average was at its best. What is drawn depends on none of the global generators and, where
-    64 can be divided by it, not on the number of processes.
-
-    Args:
-        score (`FakeScore`): with the target's parameters, which are trainable only here.
-        loss_at (`Callable`): the denoising loss, averaged over some draws.
-        num_images (`int`): of the teacher, at least 2.
-        shape (`tuple[int]`): of one image's latents.
-        max_updates (`int`): the most updates.
-        batch_size (`int`): draws that a process denoises at once.
-        state (`dict`, *optional*): what `save` was last given; the training goes on from there.
-        save (`Callable`, *optional*): given all that a later call needs to go on, at each look.
-        progress (`Callable`, *optional*): told at first and after each update of their number and the last held-out
-            loss.
-
-    Returns:
-        The number of updates of this call, and the held-out loss before the first of all and at each look after that.
+    Weights (J, KNOTS) of the features, by least squares over all images. A noise level counts by its draws, not by
+    how badly images are predicted there: residuals are measured in units of their level's mean square.
     """
-    generator = torch.Generator().manual_seed(SEED)
-    trained, held_out = split_images(num_images)
-    judged = draw(held_out.repeat(-(-JUDGED // len(held_out))), shape, generator)
-    per_update = -(-BATCH // PartialState().num_processes) * PartialState().num_processes
+    shares = hats(moments.fractions)
+    level = (shares.T @ moments.square) / shares.sum(0).clamp(min=1e-12)
+    weight = 1 / (shares @ level).clamp(min=1e-12)
+    gram = torch.einsum("bk,bl,bij,b->ikjl", shares, shares, moments.gram, weight).flatten(2).flatten(0, 1)
+    right = torch.einsum("bk,bi,b->ik", shares, moments.correlation, weight).flatten()
+    diagonal = gram.diagonal()
+    gram = gram + torch.diag(RIDGE * diagonal + 1e-8 * diagonal.max())
+    return torch.linalg.solve(gram, right).view(-1, KNOTS).float()
 
-    parameters = score.parameters
-    start, average, best = ([parameter.detach().clone() for parameter in parameters] for _ in range(3))
 
-    @torch.no_grad()
-    def look() -> float:
-        live = [parameter.clone() for parameter in parameters]
-        torch._foreach_copy_(parameters, average)
-        total = torch.stack([loss_at(part) * len(part) for part in judged.own(batch_size)]).sum()
-        torch._foreach_copy_(parameters, live)
-        return reduce(total, "sum").item() / len(judged)
-
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    left = start  # where this is interrupted
-    try:
-        if state is None:
-            first, history = 0, [look()]
-        else:
-            first, history = state["update"], state["history"]
-            for values, saved in zip((parameters, average, best), state["weights"], strict=True):
-                with torch.no_grad():
-                    torch._foreach_copy_(values, saved)
-            score.load_state_dict(state["score"])
-            generator.set_state(state["generator"])
-        update = first
-        progress(update, history[-1])
-        while update < max_updates and not is_settled(history):
-            update += 1
-            chosen = trained[torch.randint(len(trained), (per_update,), generator=generator)]
-            score.update(loss_at, [(part,) for part in draw(chosen, shape, generator).own(batch_size)])
-            with torch.no_grad():  # what the weights began with is soon forgotten
-                torch._foreach_lerp_(average, parameters, 1 - min(DECAY, (1 + update) / (10 + update)))
-            if update % EVERY == 0 or update == max_updates:
-                history.append(look())
-                if history[-1] == min(history):
-                    torch._foreach_copy_(best, average)
-                weights = [[value.detach().cpu() for value in values] for values in (parameters, average, best)]
-                state = {"update": update, "history": history, "weights": weights, "score": score.state_dict()}
-                save({**state, "generator": generator.get_state()})
-            progress(update, history[-1])
-        left = best
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        torch._foreach_copy_(parameters, left)
-    return update - first, history
+def predict(conditional, unconditional, x_t, fractions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The target's prediction (B, ...) with the fitted `weights` (J, KNOTS) at the noise levels `fractions` (B,)."""
+    w = (hats(fractions) @ weights.to(fractions.device).double().T).float()
+    f = features(conditional, unconditional, x_t)
+    return conditional + (w.view(*w.shape, *(1,) * (x_t.ndim - 1)) * f).sum(1)

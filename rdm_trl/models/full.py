@@ -9,30 +9,28 @@ import torch
 from torch import nn
 
 from .pipelines.base import PipelineFamily
-from .roles import ADAPTERS, TARGET, TEACHER, NetworkRoles
+from .roles import ADAPTERS, TEACHER, NetworkRoles
 
 
 class FullRoles(NetworkRoles):
     """
     What [`roles.Roles`] is with adapters, with a copy of the denoiser, in float32, for each of student, fake score and
-    average, and for a target; the teacher is the denoiser itself. Memory: four networks, five with a target, and
-    gradients and optimizer states of two.
+    average; the teacher is the denoiser itself. Memory: four networks, and gradients and optimizer states of two.
 
     Args:
         denoiser (`ModelMixin`): a diffusers UNet or transformer; it is frozen in place.
-        target (`bool`, *optional*, defaults to `False`): whether there is a target.
     """
 
     kind = "model"
 
-    def __init__(self, denoiser: nn.Module, target: bool = False):
+    def __init__(self, denoiser: nn.Module):
         super().__init__()
-        self.adapters = (*ADAPTERS, TARGET) if target else ADAPTERS
+        self.adapters = ADAPTERS
         self.denoiser = denoiser.requires_grad_(False).eval()
         self.networks = nn.ModuleDict({name: copy.deepcopy(denoiser).float() for name in self.adapters})
         for parameter in self.adapter_parameters("student", "fake"):
             parameter.requires_grad_(True)
-        # DDP wraps this module for the student alone: fake score and target are trained outside its forward pass.
+        # DDP wraps this module for the student alone: the fake score is trained outside its forward pass.
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_parameters() if not name.startswith("networks.student.")
         ]

@@ -29,11 +29,9 @@ def make_roles(
     peft_config: LoraConfig | bool | None,
     teacher_lora: str | Path | None = None,
     student_lora: str | Path | None = None,
-    target: bool = False,
 ) -> NetworkRoles:
     """
     The roles of a run; by default adapters of rank 32 on the family's layers, whole networks with `False`.
-    With `target` there is a role for what absorbs the teacher's guidance.
 
     Raises:
         ValueError: one of the LoRAs is not for this pipeline, `peft_config` stands beside `student_lora`, the pipeline
@@ -59,7 +57,7 @@ def make_roles(
             )
         if getattr(family.denoiser, "is_quantized", False):  # diffusers sets it only where it is so
             raise ValueError("`peft_config=False` trains copies of the denoiser, which must not be quantized.")
-        return FullRoles(family.denoiser, target)
+        return FullRoles(family.denoiser)
     teacher, of_teacher = read_lora(family, teacher_lora, "teacher_lora") if teacher_lora is not None else (None, {})
     student, of_student = read_lora(family, student_lora, "student_lora") if student_lora is not None else (None, {})
     encoder_loras = shared_encoder_loras(of_teacher, of_student, teacher is not None)
@@ -73,7 +71,7 @@ def make_roles(
         peft_config = replace(peft_config, target_modules=family.lora_target_modules)
     check_lora_config(peft_config)
     use_encoder_loras(family, encoder_loras)
-    roles = Roles(family.denoiser, peft_config, teacher, student, target)
+    roles = Roles(family.denoiser, peft_config, teacher, student)
     check_saved_lora(family, roles)
     return roles
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""One frozen denoiser that plays every role: teacher, student, fake score, EMA of the student, and target."""
+"""One frozen denoiser that plays every role: teacher, student, fake score and EMA of the student."""
 
 import warnings
 from collections import Counter
@@ -22,10 +22,6 @@ from .pipelines.base import PipelineFamily
 
 TEACHER = "teacher"
 ADAPTERS = ("student", "fake", "ema")
-# A further one, of runs that absorb the teacher's guidance: R_dm's teacher is then not "teacher" but this.
-TARGET = "target"
-# The target begins the same in runs of other seeds, which may share it.
-TARGET_SEED = 0
 
 
 class NetworkRoles(nn.Module):
@@ -100,8 +96,7 @@ class NetworkRoles(nn.Module):
 
 class Roles(NetworkRoles):
     """
-    Wraps a diffusers denoiser with one LoRA adapter each for the student, the fake score, the student's EMA and, where
-    it is asked for, the target.
+    Wraps a diffusers denoiser with one LoRA adapter each for the student, the fake score and the student's EMA.
 
     The teacher is the denoiser itself, all adapters off, or with a frozen LoRA of its own. The other adapters then
     begin as a copy of that LoRA, followed by their own rank: each role is one adapter, and the student's alone is all
@@ -115,7 +110,6 @@ class Roles(NetworkRoles):
         lora_config (`LoraConfig`): of all adapters, which start as the teacher.
         teacher (`tuple[LoraConfig, dict]`, *optional*): the teacher's own LoRA; rank is added to `lora_config`'s.
         student (`tuple[LoraConfig, dict]`, *optional*): a LoRA that the student begins as; the fake score does not.
-        target (`bool`, *optional*, defaults to `False`): whether there is a target.
 
     Raises:
         ValueError: the teacher's LoRA is none that another can begin as.
@@ -129,10 +123,9 @@ class Roles(NetworkRoles):
         lora_config: LoraConfig,
         teacher: tuple[LoraConfig, dict] | None = None,
         student: tuple[LoraConfig, dict] | None = None,
-        target: bool = False,
     ):
         super().__init__()
-        self.adapters = (*ADAPTERS, TARGET) if target else ADAPTERS
+        self.adapters = ADAPTERS
         self.denoiser = denoiser.requires_grad_(False).eval()
         self.lora_config = lora_config
         self.has_teacher_lora = teacher is not None
@@ -146,11 +139,6 @@ class Roles(NetworkRoles):
             )  # several adapters are the point
             for name, config in configs.items():
                 add_adapter(denoiser, config, name)
-            if target:  # last, and with noise of its own: all else is as it would be without
-                configs[TARGET] = joined
-                with torch.random.fork_rng([denoiser.device] if denoiser.device.type == "cuda" else []):
-                    torch.manual_seed(TARGET_SEED)
-                    add_adapter(denoiser, joined, TARGET)
         self.layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
         if teacher is not None:
             self.load_adapter(TEACHER, teacher[1])
@@ -169,7 +157,7 @@ class Roles(NetworkRoles):
             for parameter in self.adapter_parameters(name):
                 parameter.requires_grad_(name in ("student", "fake"))
         self.load_adapter("ema", self.adapter_state("student"))
-        # DDP wraps this module for the student alone: fake score and target are trained outside its forward pass.
+        # DDP wraps this module for the student alone: the fake score is trained outside its forward pass.
         ignored = [f".{name}." for name in self.adapters if name != "student"]
         self._ddp_params_and_buffers_to_ignore = [
             name for name, _ in self.named_parameters() if any(part in name for part in ignored)

@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..method.experience import Experience
-from ..models.roles import TARGET, NetworkRoles
+from ..models.roles import NetworkRoles
 
 
 logger = logging.get_logger(__name__)
@@ -172,33 +172,31 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def save_training_state(folder: Path, trainer):
-    """All adapters, the fake score's optimizer, the discriminator and the mixing's running averages."""
+    """All adapters, the target, the fake score's optimizer, the discriminator and the mixing's running averages."""
     states = {name: trainer.model.adapter_state(name) for name in trainer.model.adapters}
     adapters = {f"{name}.{key}": v.contiguous() for name, state in states.items() for key, v in state.items()}
-    save_file(adapters, folder / "adapters.safetensors", metadata={TARGET: trainer.target_key or ""})
+    save_file(adapters, folder / "adapters.safetensors")
+    if trainer.target is not None:
+        save_file({"weights": trainer.target}, folder / "target.safetensors", metadata={"key": trainer.target_key})
     torch.save(trainer.fake_score.state_dict(), folder / "fake_optimizer.pt")
     if trainer.adversary is not None:
         torch.save(trainer.adversary.state_dict(), folder / "discriminator.pt")
     save_file(trainer.rewards.mixer.state, folder / "mixer.safetensors")
 
 
-def key_of_target(folder: Path) -> str:
-    """The name of all that the checkpoint's target depends on; empty where it has none."""
-    with safe_open(folder / "adapters.safetensors", "pt") as file:
-        return (file.metadata() or {}).get(TARGET, "")
+def read_target(folder: Path) -> tuple[str | None, torch.Tensor | None]:
+    """The name of all that the checkpoint's target depends on, and the target; neither where it has none."""
+    file = folder / "target.safetensors"
+    if not file.exists():
+        return None, None
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()["key"], opened.get_tensor("weights")
 
 
-def load_adapters(folder: Path, roles: NetworkRoles, target_key: str | None = None):
-    """
-    All adapters; the target only where it is the one named `target_key`, since another was then made for this run.
-
-    Raises:
-        ValueError: the adapters are not those of `roles`.
-    """
-    state, names = load_file(folder / "adapters.safetensors"), [*roles.adapters]
-    if TARGET in names and key_of_target(folder) != target_key:
-        names.remove(TARGET)
-    for name in names:
+def load_adapters(folder: Path, roles: NetworkRoles):
+    """Raises `ValueError` where the checkpoint's adapters are not those of `roles`."""
+    state = load_file(folder / "adapters.safetensors")
+    for name in roles.adapters:
         roles.load_adapter(name, {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")})
 
 
@@ -213,7 +211,7 @@ def load_best(trainer):
     if missing is not None:
         logger.warning(f"The best student, {folder}, cannot be loaded: {missing}. The run's last one stays.")
         return
-    load_adapters(folder, trainer.model, trainer.target_key)
+    load_adapters(folder, trainer.model)
     figures = read_metrics(folder)
     trainer.best_note = f" The student is that of update {state.best_global_step}, the best of the run by `{name}`."
     trainer.metrics = {who: figures[who] for who in ("teacher", "base", "student")}

@@ -90,7 +90,7 @@ def equal(way: str, folder: Path):
         run, options = folder / name, dict(save_strategy="steps", save_steps=3)
         if name == "unet":
             # Guidance absorbed from an odd number of images, reuse of rollouts, and a grid.
-            options |= dict(num_teacher_images=5, target_updates=2, num_iterations=2, log_images_steps=3)
+            options |= dict(num_teacher_images=5, num_iterations=2, log_images_steps=3)
             # Convolutions round by where their weights lie in memory, and Adam would blow that up.
             options |= dict(optim="sgd", learning_rate=0.1, fake_learning_rate=0.1)
         elif name == "sd3":

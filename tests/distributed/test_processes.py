@@ -57,8 +57,7 @@ def test_two_processes_absorb_what_one_does(launched, tmp_path):
         for key, value in read("first", 0, 2).items():
             assert read("first", rank, 2)[key].equal(value) and read("later", rank, 2)[key].equal(value)
             assert_close(read("first", 0, 1)[key], value, atol=1e-5, rtol=1e-5)
-    begun, alone = read("begun", 0, 1), read("first", 0, 1)
-    assert max((alone[key] - value).abs().max() for key, value in begun.items()) > 1e-4
+    assert read("first", 0, 1)["target"].abs().max() > 1e-2
 
 
 def test_two_processes_resume_between_two_uses_of_a_rollout(launched):

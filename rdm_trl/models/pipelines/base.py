@@ -270,10 +270,23 @@ class PipelineFamily:
         """
         if guidance_scale <= 1:
             return denoise(x_t, timesteps, condition)
+        return self.combine(*self.halves(denoise, x_t, timesteps, condition, negative), guidance_scale)
+
+    def halves(
+        self,
+        denoise: Callable,
+        x_t: torch.Tensor,
+        timesteps: torch.Tensor,
+        condition: dict[str, torch.Tensor],
+        negative: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The two outputs (B, ...) whose difference is guidance, from one batch: the prompt's and the negative prompt's,
+        or those of a network that takes the scale as an input, called as the student's is and with a scale of 1.
+        """
         both = {key: torch.cat([value, negative[key].expand_as(value)]) for key, value in condition.items()}
         output = denoise(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both)
-        conditional, unconditional = output.float().chunk(2)
-        return self.combine(conditional, unconditional, guidance_scale)
+        return output.float().chunk(2)
 
     def combine(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
         """The pipeline's formula of guidance."""

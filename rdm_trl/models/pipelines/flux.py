@@ -85,6 +85,10 @@ class FluxFamily(PipelineFamily):
             condition = {**condition, "guidance": torch.full_like(condition["guidance"], guidance_scale)}
         return denoise(x_t, timesteps, condition)
 
+    def halves(self, denoise, x_t, timesteps, condition, negative):
+        plain = {**condition, "guidance": torch.ones_like(condition["guidance"])}
+        return super().halves(denoise, x_t, timesteps, condition, plain)
+
     def decode(self, latents):
         unpacked = self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)
         return super().decode(unpacked)

@@ -82,6 +82,11 @@ class StableDiffusionFamily(PipelineFamily):
             return denoise(x_t, timesteps, {**condition, **self.embed_guidance(guidance_scale, len(x_t))})
         return super().guide(denoise, x_t, timesteps, condition, negative, guidance_scale)
 
+    def halves(self, denoise, x_t, timesteps, condition, negative):
+        if self.embeds_guidance:
+            negative = {**condition, **self.embed_guidance(1.0, len(x_t))}
+        return super().halves(denoise, x_t, timesteps, condition, negative)
+
     def own_size(self):
         size, factor = self.denoiser.config.sample_size, self.pipeline.vae_scale_factor
         height, width = (size, size) if isinstance(size, int) else size
