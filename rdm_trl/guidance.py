@@ -212,7 +212,7 @@ def absorb_guidance(trainer, images: GuidedImages, key: str):
     if found is None:
         trainer.encode_negative([trainer.args.negative_prompts])  # refused here, where the pipeline has none
         latents, drawn = images()
-        found = fit(trainer, latents, images.prompts)
+        found = target.fit(moments_of(trainer, latents, images.prompts))
         if main:
             write_tensors(file, {"weights": found})
     trainer.target = found
@@ -233,9 +233,9 @@ def predict_target(trainer, x_t, timesteps, condition) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fit(trainer, latents: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+def moments_of(trainer, latents: torch.Tensor, prompts: list[str]) -> target.Moments:
     """
-    Weights of the target from the teacher's two predictions of `latents` (N, ...) of `prompts`, each image at `LEVELS`
+    What the fit has to know of the teacher's predictions of `latents` (N, ...) of `prompts`, each image at `LEVELS`
     noise levels. What is drawn depends neither on the global generators nor on the number of processes.
     """
     args, process, device = trainer.args, trainer.process, trainer.accelerator.device
@@ -248,7 +248,8 @@ def fit(trainer, latents: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     hidden = args.disable_tqdm or not trainer.is_world_process_zero()
     for part in tqdm(own.split(size), desc="fitting the target", disable=hidden):
         x0 = latents[rows[part]].to(device)
-        noise = [torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(SEED + i)) for i in part.tolist()]
+        seeds = (SEED + len(rows) + i for i in part.tolist())  # none from whose noise an image was drawn
+        noise = [torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         timesteps = process.timesteps_at(fractions[part]).to(device)
         x_t = process.add_noise(x0, torch.stack(noise).to(device), timesteps)
         with trainer.accelerator.autocast():
@@ -256,11 +257,10 @@ def fit(trainer, latents: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         moments = target.moments(x0, *halves, x_t, process.fractions(timesteps))
         found += list(zip(part.tolist(), *(value.cpu() for value in moments), strict=True))
     draws = {row[0]: row[1:] for row in gather_object(found)}  # the same of several are one
-    moments = target.Moments(
-        *(torch.stack(values) for values in zip(*(draws[i] for i in range(len(rows))), strict=True))
-    )
+    values = zip(*(draws[i] for i in range(len(rows))), strict=True)
+    moments = target.Moments(*(torch.stack(value) for value in values))
     trainer._check_finite("prediction of the teacher's images", moments.square)
-    return target.fit(moments)
+    return moments
 
 
 def description(what: dict[str, Any]) -> str:

@@ -82,6 +82,29 @@ def test_every_family_absorbs_its_guidance(name, tmp_path):
     assert torch.equal(trainer.predict_teacher(x_t, timesteps, condition), halves[0])
 
 
+def test_the_fit_sees_no_noise_that_an_image_was_drawn_from(tmp_path, monkeypatch):
+    """It would know where the image came from, as no student's does. Each image is seen at several levels."""
+    seen, moments = [], target.moments
+    trainer = absorbing(tmp_path)
+
+    def watched(x0, conditional, unconditional, x_t, fractions):
+        a, b = trainer.process.coefficients((fractions * 1000).round(), x0)
+        seen.extend(zip(x0, (x_t - a * x0) / b, fractions.tolist(), strict=True))
+        return moments(x0, conditional, unconditional, x_t, fractions)
+
+    monkeypatch.setattr(target, "moments", watched)
+    trainer.absorb_guidance()
+    latents = guidance.GuidedImages(trainer)()[0]
+    begun = torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(6)])
+    assert len(seen) == 6 * guidance.LEVELS
+    for image in latents:
+        assert sum(torch.equal(x0, image) for x0, _, _ in seen) == guidance.LEVELS
+    for _, noise, _ in seen:
+        assert ((begun - noise).flatten(1).abs().mean(1) > 0.5).all()
+    heights = sorted(fraction for _, _, fraction in seen)
+    assert heights[0] < 0.1 and heights[-1] > 0.9
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_all_else_is_as_without(tmp_path, full):
     """Teacher, student and the run's noise are bit for bit those of a run that absorbs nothing."""
@@ -129,7 +152,7 @@ def test_a_second_run_draws_and_fits_nothing(tmp_path, monkeypatch):
         raise AssertionError("this was on disk")
 
     monkeypatch.setattr(guidance.GuidedImages, "draw", fail)
-    monkeypatch.setattr(guidance, "fit", fail)
+    monkeypatch.setattr(guidance, "moments_of", fail)
     second = absorbing(
         tmp_path, [redness], seed=2, learning_rate=5e-3, max_steps=3, prompts=[*PROMPTS[::-1], "a coat"]
     )
