@@ -124,7 +124,8 @@ def cost_of_update(options: dict, budget: str, teacher: str | None = None) -> fl
     if budget == "seconds":
         return seconds_of_update(options, teacher)
     config = RdmDistillConfig(**options)
-    guided = budget == "teacher_evaluations" and config.sample_guidance_scale > 1
+    guides = config.num_teacher_images > 0 or config.sample_guidance_scale > 1
+    guided = budget == "teacher_evaluations" and guides
     images = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return images * (1 + guided) / config.num_iterations
 
