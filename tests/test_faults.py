@@ -446,7 +446,7 @@ def test_a_reward_may_do_what_it_likes_to_its_input():
         return [0.0] * len(images)
 
     class Config:
-        reward_timeout = reward_weights = target_dm = None
+        reward_timeout = reward_weights = target_dm = reward_frame_stride = None
         reward_gradients, reward_mixing, num_generations, dm_weight, sample_num_steps = True, "sum", 3, 1.0, 4
         adversarial_weight = 0.0
 
