@@ -38,7 +38,7 @@ def gain(moments: Moments, weights: torch.Tensor) -> float:
     shares = target.hats(moments.fractions)
     w = shares @ weights.double().T
     change = torch.einsum("bi,bij,bj->b", w, moments.gram, w) - 2 * (w * moments.correlation).sum(1)
-    level = (shares.T @ moments.square) / shares.sum(0)
+    level = (shares.T @ moments.square) / shares.sum(0).clamp(min=1e-12)
     return -(change / (shares @ level)).mean().item()
 
 

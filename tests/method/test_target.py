@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from conftest import ROOT, load_script
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from rdm_trl.method import target
@@ -113,6 +114,26 @@ def test_the_fit_is_that_of_least_squares():
 
     assert left(expected) <= left(target.fit(moments)) < left(expected) * (1 + 2e-3)
     assert left(target.fit(moments)) < 0.9 * left(torch.zeros(3, target.KNOTS))
+
+
+def test_the_study_counts_what_a_fit_takes_off(monkeypatch):
+    """Against the predictions themselves, of one level, where a share of the error is one of its mean square."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    study = load_script("examples/target_study.py")
+    guided = Guided(DDIMScheduler(), weight=1.6, std=0.6)
+    monkeypatch.setattr(target, "draw_levels", lambda number, generator: torch.full((number,), 0.5))
+    x0, x_t, timesteps = guided.noised(500, 5)
+    halves, fractions = guided.halves(x_t, timesteps), guided.process.fractions(timesteps)
+    moments = target.moments(x0, *halves, x_t, fractions)
+    for features in study.SETS.values():
+        weights = target.fit(study.chosen(moments, torch.arange(500) < 100, features))
+        held_out = slice(100, None)
+        whole = torch.zeros(3, target.KNOTS)
+        whole[features] = weights
+        found = target.predict(*halves, x_t, fractions, whole)
+        before, after = ((x0 - p)[held_out].square().mean().item() for p in (halves[0], found))
+        share = study.gain(study.chosen(moments, torch.arange(500) >= 100, features), weights)
+        assert share == pytest.approx(1 - after / before, abs=1e-4)
 
 
 def test_what_says_nothing_changes_nothing():
