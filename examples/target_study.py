@@ -35,7 +35,7 @@ def chosen(moments: Moments, draws: torch.Tensor, features: list[int]) -> Moment
 
 def gain(moments: Moments, weights: torch.Tensor) -> float:
     """Share of the mean square residual, of each level alike, that `weights` (J, KNOTS) take off."""
-    shares = target.hats(moments.fractions)
+    shares = target.hats(moments.fractions).double()
     w = shares @ weights.double().T
     change = torch.einsum("bi,bij,bj->b", w, moments.gram, w) - 2 * (w * moments.correlation).sum(1)
     level = (shares.T @ moments.square) / shares.sum(0).clamp(min=1e-12)

@@ -254,8 +254,9 @@ def moments_of(trainer, latents: torch.Tensor, prompts: list[str]) -> target.Mom
         x_t = process.add_noise(x0, torch.stack(noise).to(device), timesteps)
         with trainer.accelerator.autocast():
             halves = predict_halves(trainer, x_t, timesteps, trainer.encode([prompts[i] for i in rows[part]]))
-        moments = target.moments(x0, *halves, x_t, process.fractions(timesteps))
-        found += list(zip(part.tolist(), *(value.cpu() for value in moments), strict=True))
+        # On the CPU: not every device has double precision.
+        values = (value.cpu() for value in (x0, *halves, x_t, process.fractions(timesteps)))
+        found += list(zip(part.tolist(), *target.moments(*values), strict=True))
     draws = {row[0]: row[1:] for row in gather_object(found)}  # the same of several are one
     values = zip(*(draws[i] for i in range(len(rows))), strict=True)
     moments = target.Moments(*(torch.stack(value) for value in values))

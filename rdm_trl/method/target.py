@@ -36,7 +36,7 @@ def features(conditional: torch.Tensor, unconditional: torch.Tensor, x_t: torch.
 
 def hats(fractions: torch.Tensor) -> torch.Tensor:
     """Shares (B, KNOTS) of the knots at `fractions` (B,) in [0, 1]: linear between two, and their sum is 1."""
-    position = fractions.double().clamp(0, 1) * (KNOTS - 1)
+    position = fractions.float().clamp(0, 1) * (KNOTS - 1)
     return (1 - (position[:, None] - torch.arange(KNOTS, device=position.device)).abs()).clamp(min=0)
 
 
@@ -63,7 +63,7 @@ def moments(x0, conditional, unconditional, x_t, fractions: torch.Tensor) -> Mom
     f = features(conditional, unconditional, x_t).flatten(2).double()
     residual = (x0 - conditional).flatten(1).double()
     correlation = (f @ residual[:, :, None])[:, :, 0]
-    return Moments(fractions.double(), f @ f.transpose(1, 2), correlation, residual.square().sum(1))
+    return Moments(fractions, f @ f.transpose(1, 2), correlation, residual.square().sum(1))
 
 
 def fit(moments: Moments) -> torch.Tensor:
@@ -71,7 +71,7 @@ def fit(moments: Moments) -> torch.Tensor:
     Weights (J, KNOTS) of the features, by least squares over all images. A noise level counts by its draws, not by
     how badly images are predicted there: residuals are measured in units of their level's mean square.
     """
-    shares = hats(moments.fractions)
+    shares = hats(moments.fractions).double()
     level = (shares.T @ moments.square) / shares.sum(0).clamp(min=1e-12)
     weight = 1 / (shares @ level).clamp(min=1e-12)
     gram = torch.einsum("bk,bl,bij,b->ikjl", shares, shares, moments.gram, weight).flatten(2).flatten(0, 1)
@@ -83,6 +83,6 @@ def fit(moments: Moments) -> torch.Tensor:
 
 def predict(conditional, unconditional, x_t, fractions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The target's prediction (B, ...) with the fitted `weights` (J, KNOTS) at the noise levels `fractions` (B,)."""
-    w = (hats(fractions) @ weights.to(fractions.device).double().T).float()
+    w = hats(fractions) @ weights.T
     f = features(conditional, unconditional, x_t)
     return conditional + (w.view(*w.shape, *(1,) * (x_t.ndim - 1)) * f).sum(1)
