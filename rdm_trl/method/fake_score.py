@@ -10,7 +10,7 @@ from torch import nn
 
 class FakeScore:
     """
-    Trains an adapter by denoising: the one that knows the student's distribution, or the target. It has its own
+    Trains the adapter that knows the student's distribution, by denoising, or what learns beside it. It has its own
     optimizer and schedule, and stands outside DDP, which wraps the student.
 
     Args:

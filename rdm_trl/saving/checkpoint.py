@@ -43,7 +43,7 @@ FREE_SETTINGS = (
     "num_log_images",
     "resume_with_changes",
 )
-# And these, where R_dm's teacher has not learned what they made.
+# And these, where R_dm's teacher is not fitted to what they made.
 TEACHER_SETTINGS = ("teacher_num_steps", "teacher_guidance_scale")
 
 
