@@ -1,6 +1,6 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 # /// script
-# dependencies = ["rdm_trl"]
+# dependencies = ["rdm_trl[eval]"]
 # ///
 """
 How well can guidance, fitted or not, predict what the guided teacher draws? For feature sets of the target and numbers

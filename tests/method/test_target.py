@@ -119,7 +119,8 @@ def test_the_fit_is_that_of_least_squares():
 
 def test_the_study_counts_what_a_fit_takes_off(monkeypatch):
     """Against the predictions themselves, of one level, where a share of the error is one of its mean square."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    pytest.importorskip("matplotlib").use("Agg")  # of what the script shares with the bench
+    monkeypatch.syspath_prepend(ROOT / "examples")
     study = load_script("examples/target_study.py")
     guided = Guided(DDIMScheduler(), weight=1.6, std=0.6)
     monkeypatch.setattr(target, "draw_levels", lambda number, generator: torch.full((number,), 0.5))
