@@ -14,9 +14,7 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
-    AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
-    AutoencoderKLWan,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -32,7 +30,6 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     LTXPipeline,
-    LTXVideoTransformer3DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PixArtSigmaPipeline,
@@ -46,60 +43,25 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny_encoders import clip, gemma, qwen, t5, words
+from tiny_videos import make_ltx, make_wan
 from transformers import (
     CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    Gemma2Config,
-    Gemma2Model,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2Model,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
-    T5Config,
-    T5EncoderModel,
-    UMT5Config,
-    UMT5EncoderModel,
 )
 
 from rdm_trl import RdmDistillTrainer
-from rdm_trl.demo import DEMO_PIPELINE
 from rdm_trl.method import policy
 from rdm_trl.models.pipelines import PipelineFamily, family_of
-
-
-def clip(seed: int = 0):
-    torch.manual_seed(seed)
-    tokenizer = CLIPTokenizer.from_pretrained(DEMO_PIPELINE, subfolder="tokenizer")
-    return CLIPTextModelWithProjection(make_text_config(tokenizer)).eval(), tokenizer
-
-
-def words() -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words, in place of SentencePiece's."""
-    names = ["<pad>", "</s>", "<unk>", "a", "photo", "of", "bag", "dress", "coat", "tench"]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
-    tokenizer.chat_template = "a photo {{ messages[0]['content'] }}"
-    return tokenizer
-
-
-def t5() -> T5EncoderModel:
-    return T5EncoderModel(T5Config(vocab_size=16, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
 
 
 def tiny_vae(num_blocks=2, **options) -> AutoencoderKL:
@@ -226,32 +188,6 @@ def make_unconditional(pipeline_class, scheduler, channels):
     return pipeline_class(unet, scheduler)
 
 
-def gemma() -> Gemma2Model:
-    config = Gemma2Config(
-        vocab_size=16,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    return Gemma2Model(config).eval()
-
-
-def qwen(model_class, config_class, num_layers: int):
-    config = config_class(
-        vocab_size=16,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=num_layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
-    return model_class(config).eval()
-
-
 def make_sana(**options):
     transformer = SanaTransformer2DModel(
         in_channels=4,
@@ -375,72 +311,6 @@ def make_flux2(is_distilled=False, **options):
     pipeline = Flux2KleinPipeline(scheduler, vae, text_encoder, words(), transformer, is_distilled)
     pipeline.default_sample_size = 4
     return pipeline
-
-
-def make_wan(**options):
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=8,
-        ffn_dim=16,
-        num_layers=1,
-        rope_max_seq_len=32,
-    )
-    vae = AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        latents_mean=[0.1, 0.2, 0.3, 0.4],
-        latents_std=[1.1, 0.9, 0.8, 0.7],
-        scale_factor_spatial=4,
-    )
-    config = UMT5Config(vocab_size=16, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    scheduler = UniPCMultistepScheduler(
-        **{"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, **options}
-    )
-    return WanPipeline(words(), UMT5EncoderModel(config).eval(), vae, scheduler, transformer)
-
-
-def make_ltx(vae_options=None, **options):
-    transformer = LTXVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=1,
-        caption_channels=32,
-    )
-    vae = AutoencoderKLLTXVideo(
-        **{
-            "latent_channels": 4,
-            "block_out_channels": (4, 4),
-            "down_block_types": ("LTXVideoDownBlock3D",) * 2,
-            "decoder_block_out_channels": (4, 4),
-            "layers_per_block": (1, 1, 1),
-            "decoder_layers_per_block": (1, 1, 1),
-            "spatio_temporal_scaling": (True, True),
-            "decoder_spatio_temporal_scaling": (True, True),
-            "decoder_inject_noise": (False, False, False),
-            "downsample_type": ("conv", "conv"),
-            "upsample_residual": (False, False),
-            "upsample_factor": (1, 1),
-            "patch_size": 2,
-            "scaling_factor": 0.8,
-            **(vae_options or {}),
-        }
-    )
-    torch.nn.init.uniform_(vae.latents_mean)
-    torch.nn.init.uniform_(vae.latents_std, 0.5, 1.0)
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        **{"use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1, **options}
-    )
-    return LTXPipeline(scheduler, vae, t5(), words(), transformer)
 
 
 @dataclass
