@@ -76,6 +76,13 @@ def test_every_family_absorbs_its_guidance(name, tmp_path):
     assert not torch.equal(*halves)
     with torch.no_grad():
         torch.testing.assert_close(halves[0], trainer.predict_x0(trainer.model, "teacher", x_t, timesteps, condition))
+        if family.embeds_guidance:  # by the way that evaluation and R_dm call it with a scale of their own
+            plain = family.guide(trainer.denoise_as_teacher, x_t, timesteps, condition, {}, 1.0)
+            torch.testing.assert_close(halves[1], trainer.process.to_x0(plain, x_t, timesteps))
+        else:
+            negative = trainer.encode_negative([case.negative[-1]])
+            other = {key: value.expand(2, *value.shape[1:]) for key, value in negative.items()}
+            torch.testing.assert_close(halves[1], trainer.predict_x0(trainer.model, "teacher", x_t, timesteps, other))
     found = trainer.predict_teacher(x_t, timesteps, condition)
     assert torch.equal(found, target.predict(*halves, x_t, trainer.process.fractions(timesteps), trainer.target))
     trainer.target = torch.zeros_like(trainer.target)
