@@ -383,7 +383,7 @@ class RdmDistillTrainer(Trainer):
 
         def denoising_loss(x0, condition, seen):
             timesteps = self.process.timesteps_at(seen + (1 - seen) * torch.rand(len(x0))).to(x0.device)
-            return self.denoising_loss("fake", x0, torch.randn_like(x0), timesteps, condition)
+            return self.denoising_loss(x0, torch.randn_like(x0), timesteps, condition)
 
         for _ in range(self.args.fake_updates):
             self._record({"loss/fake": self.fake_score.update(denoising_loss, self._fake_batches)})
@@ -392,11 +392,11 @@ class RdmDistillTrainer(Trainer):
         self._fake_batches.clear()
         self._record({"fake_learning_rate": self.fake_score.scheduler.get_last_lr()[0]})
 
-    def denoising_loss(self, role: str, x0, noise, timesteps, condition) -> torch.Tensor:
-        """How well `role` denoises the images `x0` (B, ...), in the network's own parameterisation."""
+    def denoising_loss(self, x0, noise, timesteps, condition) -> torch.Tensor:
+        """How well the fake score denoises the images `x0` (B, ...), in the network's own parameterisation."""
         with self.accelerator.autocast():
             x_t = self.process.add_noise(x0, noise, timesteps)
-            output = self.family.denoise(lambda *a, **k: self.model(role, *a, **k), x_t, timesteps, condition)
+            output = self.family.denoise(lambda *a, **k: self.model("fake", *a, **k), x_t, timesteps, condition)
             return losses.denoising_loss(output, self.process.target(x0, noise, timesteps))
 
     def create_optimizer(self, model=None):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .pipelines.base import PipelineFamily
-from .roles import ADAPTERS, TEACHER, NetworkRoles
+from .roles import TEACHER, NetworkRoles
 
 
 class FullRoles(NetworkRoles):
@@ -25,7 +25,6 @@ class FullRoles(NetworkRoles):
 
     def __init__(self, denoiser: nn.Module):
         super().__init__()
-        self.adapters = ADAPTERS
         self.denoiser = denoiser.requires_grad_(False).eval()
         self.networks = nn.ModuleDict({name: copy.deepcopy(denoiser).float() for name in self.adapters})
         for parameter in self.adapter_parameters("student", "fake"):
@@ -54,8 +53,8 @@ class FullRoles(NetworkRoles):
         return list(self.denoiser.parameters())
 
     def adapter_config(self, name: str) -> dict[str, Any]:
-        """A whole network has no more to say."""
-        return {"kind": self.kind} if name in self.adapters else {}
+        """A whole network is no adapter."""
+        return {}
 
     def adapter_state(self, name: str) -> dict[str, torch.Tensor]:
         """Copy of a copy's weights."""

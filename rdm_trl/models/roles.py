@@ -41,7 +41,7 @@ class NetworkRoles(nn.Module):
 
     kind: str
     sharded = False
-    adapters: tuple[str, ...]
+    adapters: tuple[str, ...] = ADAPTERS
     lora_config: LoraConfig | None = None
     _run: Callable | None = None  # the compiled denoiser
 
@@ -125,7 +125,6 @@ class Roles(NetworkRoles):
         student: tuple[LoraConfig, dict] | None = None,
     ):
         super().__init__()
-        self.adapters = ADAPTERS
         self.denoiser = denoiser.requires_grad_(False).eval()
         self.lora_config = lora_config
         self.has_teacher_lora = teacher is not None
