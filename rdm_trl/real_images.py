@@ -117,6 +117,7 @@ class RealImages:
             pixels = VaeImageProcessor.numpy_to_pt(pixels).to(family.denoiser.device)
             latents[start : start + len(rows)] = family.encode_images(pixels).cpu()
         latents.flush()
+        del latents  # Windows moves no file that is open
         unfinished.replace(file)
 
     def draw(self, number: int) -> tuple[torch.Tensor, list[str] | None]:
