@@ -309,7 +309,7 @@ def test_others_who_seed_the_generators(tmp_path):
             return black_box(images, prompts, metadata)
 
         direct.differentiable = True
-        trainer, seen = make_trainer(folder, [black_box, direct], None, max_steps=3), []
+        trainer, seen = make_trainer(folder, [black_box, direct], None), []
         trainer.image_samples_callback = lambda *args: act()
         if act is seed:
             trainer.add_callback(Seeding())
@@ -323,7 +323,7 @@ def test_others_who_seed_the_generators(tmp_path):
 
     (noises, weights), (expected, others) = run(tmp_path / "seeding", seed), run(tmp_path / "not", lambda: None)
     assert all(torch.equal(*pair) for pair in zip(noises, expected, strict=True)) and torch.equal(weights, others)
-    assert not torch.equal(noises[1], noises[2])
+    assert not torch.equal(*noises)
 
 
 def test_a_reward_may_draw_random_numbers():
@@ -504,6 +504,5 @@ def test_components_of_several_precisions(tmp_path, name):
     message = "several precisions, and cannot draw with them: .*unet in bfloat16"
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, pipeline=with_full(make_tiny_pipeline(), name))
-    trainer = make_trainer(tmp_path, pipeline=with_full(make_tiny_pipeline(), name), bf16=True, max_steps=1)
-    trainer.train()
-    assert weights_of(trainer).isfinite().all() and trainer.sample("student", PROMPTS).isfinite().all()
+    trainer = make_trainer(tmp_path, pipeline=with_full(make_tiny_pipeline(), name), bf16=True)
+    assert trainer.sample("student", PROMPTS).isfinite().all()
