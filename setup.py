@@ -41,6 +41,7 @@ setup(
         "peft>=0.21",
         "datasets>=5.0",
         "huggingface_hub>=2.4",
+        "psutil",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["rdm-trl = rdm_trl.cli:main"]},

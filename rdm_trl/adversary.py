@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .method import adversarial
+from .optimizers import make_score
 from .real_images import RealImages
 
 
@@ -49,9 +50,7 @@ class Adversary:
 
     def create_score(self):
         """The fake score's optimizer and schedule, at `RATE` times its learning rate."""
-        args = self.trainer.args
-        schedule = args.fake_lr_scheduler_type, args.fake_warmup_steps, args.max_steps * args.fake_updates
-        self.score = self.trainer.make_score(list(self.head.parameters()), "discriminator", *schedule, RATE)
+        self.score = make_score(self.trainer, list(self.head.parameters()), "discriminator", RATE)
 
     def features(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]) -> list:
         """What the fake score's blocks make of `x_t` (B, ...), not by a compiled denoiser: hooks would break it."""

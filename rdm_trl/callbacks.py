@@ -12,10 +12,12 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from .frames import thumbnails
 from .guardrails import drift_warnings
+from .noise import noise_apart
 from .saving.hub import write_metrics
 from .saving.pictures import comparison_grid, save_animation, save_grid
 from .saving.report import REPORT_NEEDS, is_report_available, write_report
@@ -178,6 +180,17 @@ class StopOnSignalCallback(TrainerCallback):
                 f"Stopped at step {state.global_step} by {signal.Signals(self.received).name}. Go on with "
                 "`resume_from_checkpoint=True`."
             )
+
+
+def call_apart(handler: CallbackHandler, device: torch.device):
+    """From now on `handler` calls its callbacks, the user's among them, with random numbers that no update sees."""
+    call = handler.call_event
+
+    def call_event(*args, **kwargs):
+        with noise_apart(device):
+            return call(*args, **kwargs)
+
+    handler.call_event = call_event
 
 
 def default_callbacks(trainer) -> list[TrainerCallback]:

@@ -7,6 +7,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import torch
+
 
 def check_type(name: str, value: Any, kind: Any):
     """Raises `TypeError` or, for numbers that are not finite, `ValueError` where `value` is no `kind`."""
@@ -38,6 +40,21 @@ def check_output_dir(output_dir: str):
         raise ValueError(f"`output_dir` is {what}: {output_dir}. Give a folder.")
     if not os.access(existing, os.W_OK):
         raise ValueError(f"`output_dir` is {output_dir}, but {existing} is not writable. Give another folder.")
+
+
+def check_defaults():
+    """Raises `ValueError` for a default type or device of PyTorch's that noise and statistics cannot have."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"PyTorch's default type is {dtype}, but noise and statistics need full precision: leave out "
+            "`torch.set_default_dtype`, and load the pipeline with `dtype=...`."
+        )
+    if device.type != "cpu":
+        raise ValueError(
+            f"PyTorch's default device is {device}, but data sets and generators are on the CPU: leave out "
+            "`torch.set_default_device`. The trainer moves the pipeline to the accelerator by itself."
+        )
 
 
 def check_adversarial(config):

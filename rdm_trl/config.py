@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ._trl import get_callable_name
-from .checks import check_adversarial, check_grid, check_output_dir, check_type
+from .checks import check_adversarial, check_defaults, check_grid, check_output_dir, check_type
 from .inherited import check_inherited, check_launcher
 
 
@@ -22,6 +22,7 @@ INHERITED = {
 # Of the teacher's images, and their number, where guidance is absorbed: by default.
 TEACHER_GUIDANCE_SCALE = 1.75
 NUM_TEACHER_IMAGES = 300
+LARGEST_SEED = 2**32
 # Schedules that need no more than the number of updates and of warm-up updates.
 FAKE_SCHEDULES = (
     "linear",
@@ -472,6 +473,8 @@ class RdmDistillConfig(TrainingArguments):
         ):
             if getattr(self, name) < smallest:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but must be at least {smallest}.")
+        if self.seed > LARGEST_SEED - self.world_size:  # each process has one of its own
+            raise ValueError(f"`seed` is {self.seed}, but must be below {LARGEST_SEED}, which NumPy can count to.")
         self._check_guidance()
         check_adversarial(self)
         if self.dm_normalization == "group" and self.num_generations < 2:
@@ -523,6 +526,7 @@ class RdmDistillConfig(TrainingArguments):
                 "`dm_estimator='policy_gradient'` compares the images of a prompt: `num_generations` >= 2."
             )
         check_grid(self)
+        check_defaults()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` is {self.ema_decay}, but must be in [0, 1).")
         if self.dm_estimator == "policy_gradient" and self.num_iterations > 1:

@@ -1,10 +1,10 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """What a student is judged by. Features are `(N, D)`; all statistics are computed in float64."""
 
-import resource
 import sys
 import time
 
+import psutil
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -15,6 +15,10 @@ from .ddpo import scores_of
 from .frames import as_frames, num_frames
 from .guidance import batches_of, kept_images
 from .prompts import split_rows
+
+
+# Beginnings of the names of the components that draw.
+DRAWING = ("unet", "transformer", "vae", "text_encoder")
 
 
 class PretrainedFeatures(nn.Module):
@@ -170,10 +174,35 @@ def draw(
         return images, (time.perf_counter() - start) / len(prompts)
 
 
+def check_types(trainer):
+    """
+    Raises `ValueError` where components of several precisions cannot draw together, with which a run would fail at its
+    first picture: hours later.
+    """
+    family, args = trainer.family, trainer.args
+    components = {name: m for name, m in family.pipeline.components.items() if isinstance(m, nn.Module)}
+    types = {name: m.dtype for name, m in components.items() if name.startswith(DRAWING)}
+    if len(set(types.values())) < 2:
+        return
+    rest = args.sample_num_steps, family.student_guidance_scale, "", torch.Generator().manual_seed(args.seed)
+    try:
+        with trainer.model.use("ema"), trainer.accelerator.autocast():
+            family.sample(trainer.student_scheduler, trainer.train_dataset["prompt"][:1], *rest)
+    except RuntimeError as error:
+        found = ", ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in types.items())
+        raise ValueError(
+            f"The pipeline has components of several precisions, and cannot draw with them: {found}. Load all of them "
+            f"in one, or train with `bf16`, which casts between them. PyTorch says: {error}"
+        ) from error
+
+
 def drawn_rows(trainer, dataset: Dataset) -> tuple[list[str], list]:
     """Prompts and metadata of the images of an evaluation, in turn, `num_generations` of each."""
-    args, (prompts, metadata) = trainer.args, split_rows(list(dataset))
-    chosen = [i % len(prompts) for i in range(-(-args.num_eval_images // args.num_generations))]
+    args = trainer.args
+    number = -(-args.num_eval_images // args.num_generations)
+    # Not all of them: a column of images is decoded row by row.
+    prompts, metadata = split_rows(list(dataset.select(range(min(number, len(dataset))))))
+    chosen = [i % len(prompts) for i in range(number)]
     chosen = [i for i in chosen for _ in range(args.num_generations)]
     return [prompts[i] for i in chosen], [metadata[i] for i in chosen]
 
@@ -230,6 +259,10 @@ def peak_memory_mb() -> float:
     """Peak memory of the accelerator, or of the process where there is none, in MiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # which Windows has not
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

@@ -42,6 +42,14 @@ REFUSED = {
 }
 # Numbers of updates that are read with the strategy "steps" alone.
 STEPS = {"save_steps": "save_strategy", "eval_steps": "eval_strategy"}
+# Beginnings of the names of optimizers that cannot serve student and fake score.
+OPTIMIZERS = {
+    "galore": "it projects the gradients of large matrices, and an adapter's are small",
+    "apollo": "it projects the gradients of large matrices, and an adapter's are small",
+    "lomo": "it updates all weights in the backward pass, also those that are not trained there",
+    "adalomo": "it updates all weights in the backward pass, also those that are not trained there",
+    "schedule_free": "its weights between updates are not those to draw with, which `ema_decay` averages here",
+}
 
 
 def check_inherited(config: TrainingArguments):
@@ -54,6 +62,10 @@ def check_inherited(config: TrainingArguments):
         off = value is False or value in (None, "no", [])  # the command line's default is not always the same
         if value != default and not (off and default in (MISSING, None, False, "no")):
             raise ValueError(f"`{name}` is {value!r}, but must be left out: {reason}.")
+    optim = getattr(config.optim, "value", config.optim)
+    for beginning, reason in OPTIMIZERS.items():
+        if optim.startswith(beginning):
+            raise ValueError(f"`optim` is {optim!r}, but must be another: {reason}.")
     for name, strategy in STEPS.items():
         chosen, default = getattr(config, strategy), TrainingArguments.__dataclass_fields__[name].default
         if getattr(config, name) != default and getattr(chosen, "value", chosen) != "steps":

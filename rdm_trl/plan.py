@@ -3,7 +3,7 @@
 
 import importlib
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -16,10 +16,12 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from .method import adversarial
 from .models.pipelines import PipelineFamily, family_of
 from .models.pipelines.loading import is_single_file, single_file_folder
 from .models.roles import ADAPTERS, Roles
 from .models.sharding import blocks_of
+from .real_images import check_draws_images
 
 
 GIB = 2**30
@@ -36,9 +38,9 @@ class Memory:
         denoiser, encoders, others: weights in bfloat16; `encoders` are 0 where they are offloaded, and `others` is the
             autoencoder. In shards `denoiser` is the device's part, and the block that is whole while it runs.
         adapters: student, fake score and average in float32, with the gradients and AdamW states of the first
-            two.
-        activations: what the student's forward pass keeps for its backward pass. Where encoders are offloaded and
-            larger, their size: they are on the device before that pass.
+            two; and the discriminator's head with its own, where there is one.
+        activations: what the student's forward pass keeps for its backward pass, and the discriminator's pass, which
+            runs meanwhile. Where encoders are offloaded and larger, their size: they are on the device before that.
         base (`str`): how the denoiser is held, a key of `sizes_of_base`.
     """
 
@@ -173,28 +175,69 @@ def flash_attention(query, key, value, *args, **kwargs):
     return FlashAttention.apply(query, key, value)
 
 
-def saved_activations(family: PipelineFamily, roles: Roles, batch_size: int) -> int:
-    """Bytes that the student's forward pass of `batch_size` images keeps, weights not counted."""
-    weights = {p.untyped_storage()._cdata for p in roles.parameters()}
-    kept = {}
+@contextmanager
+def counted(*modules: torch.nn.Module):
+    """
+    Inside the block, what graphs keep is found in the list that it is given, as storages; weights of `modules` are not
+    counted.
+    """
+    weights = {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
+    kept, found = {}, []
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
+        if storage._cdata not in weights and storage._cdata not in kept:
             kept[storage._cdata] = storage  # kept alive, so that its address is not used again
+            found.append(storage)
         return tensor
 
-    condition, device = family.example_condition(batch_size), family.denoiser.device
-    x_t = torch.randn(batch_size, *family.latent_shape, device=device)
-    timesteps = torch.full((batch_size,), 500.0, device=device)
     attention = torch.nn.functional.scaled_dot_product_attention
     keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     # Without weights PyTorch would take the attention that keeps whole matrices.
     with keeping, patch.object(torch.nn.functional, attention.__name__, flash_attention):
-        output = family.denoise(lambda *a, **k: roles("student", *a, **k), x_t, timesteps, condition)
+        yield found
+
+
+def example_batch(family: PipelineFamily, batch_size: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Noisy images, timesteps and conditions, as `family.denoise` takes them."""
+    device = family.denoiser.device
+    x_t = torch.randn(batch_size, *family.latent_shape, device=device)
+    return x_t, torch.full((batch_size,), 500.0, device=device), family.example_condition(batch_size)
+
+
+def saved_activations(family: PipelineFamily, roles: Roles, batch_size: int) -> int:
+    """Bytes that the student's forward pass of `batch_size` images keeps, weights not counted."""
+    batch = example_batch(family, batch_size)
+    with counted(roles) as kept:
+        output = family.denoise(lambda *a, **k: roles("student", *a, **k), *batch)
     if not output.requires_grad:
         raise RuntimeError("No gradient reached the student: its adapter covers no layer of this denoiser.")
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in kept)
+
+
+def discriminator_sizes(
+    family: PipelineFamily, roles: Roles, batch_size: int, activation_checkpointing: bool
+) -> tuple[int, int]:
+    """
+    Bytes of the discriminator's head, and what its pass of `batch_size` images keeps, which the gradient in the images
+    needs.
+
+    Raises:
+        ValueError: as [`Adversary`].
+    """
+    x_t, *rest = example_batch(family, batch_size)
+    with roles.use("fake"), torch.device(x_t.device):
+
+        def run(x_t):
+            family.denoise(lambda *a, **k: family.denoiser(*a, **k, return_dict=False)[0], x_t, *rest)
+
+        blocks, widths = adversarial.blocks_that_see(adversarial.feature_blocks(roles.network("fake")), run, x_t)
+        head = adversarial.Head(widths)
+        with counted(roles, head) as kept:
+            with adversarial.capture(blocks, not activation_checkpointing) as features:
+                run(x_t.requires_grad_(True))
+            head(features)
+    return size_of(head), sum(storage.nbytes() for storage in kept)
 
 
 def memory_of(
@@ -205,6 +248,7 @@ def memory_of(
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
+    with_discriminator: bool = False,
 ) -> Memory:
     """
     Args:
@@ -213,8 +257,14 @@ def memory_of(
         activation_checkpointing (`bool`): as in `RdmDistillConfig`.
         height, width (`int`, *optional*): of the images in pixels.
         num_frames (`int`, *optional*): of videos.
+        with_discriminator (`bool`, *optional*, defaults to `False`): count what `adversarial_weight` asks for.
+
+    Raises:
+        ValueError: the pipeline cannot have a discriminator, or that size.
     """
     family = family_of(pipeline, height, width, num_frames)
+    if with_discriminator:
+        check_draws_images(family)
     denoiser, encoders = size_of(family.denoiser), size_of(*family.encoders())
     models = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
     others = size_of(*models) - denoiser - encoders
@@ -226,8 +276,11 @@ def memory_of(
         roles.activation_checkpointing_enable()
     one = (size_of(roles) - denoiser) // len(ADAPTERS)
     # Weights of all; a gradient and two moments of student and fake score.
-    adapters = one * (len(ADAPTERS) + 2 * 3)
-    return Memory(denoiser, encoders, others, adapters, saved_activations(family, roles, batch_size))
+    adapters, activations = one * (len(ADAPTERS) + 2 * 3), saved_activations(family, roles, batch_size)
+    if with_discriminator:
+        head, seen = discriminator_sizes(family, roles, batch_size, activation_checkpointing)
+        adapters, activations = adapters + 4 * head, activations + seen
+    return Memory(denoiser, encoders, others, adapters, activations)
 
 
 def choose(
@@ -240,9 +293,11 @@ def choose(
         load (`Callable`): gives the pipeline without its weights, a new one each time.
         gpu_memory (`float`): of each device, in GiB.
         num_gpus (`int`, *optional*, defaults to 1): processes that train together, and may share the base.
-        **options: `lora_r`, `height`, `width` and `num_frames` of `memory_of`.
+        **options: `lora_r`, `height`, `width`, `num_frames` and `with_discriminator` of `memory_of`.
     """
     bases = sizes_of_base(family_of(load()).denoiser, num_gpus)
+    if options.get("with_discriminator"):  # it ends its passes in the middle of the base
+        bases.pop("shards", None)
     with_four = {checkpointing: memory_of(load(), 4, checkpointing, **options) for checkpointing in (False, True)}
     batch_sizes = [size for size in (32, 16, 8) if size * num_gpus <= 32] + [4]
     # Encoders are moved only where nothing else helps, and the base is held otherwise only where that does not help.

@@ -22,6 +22,8 @@ from ._trl import RepeatSampler
 
 # Encoded prompts kept in memory, the oldest dropped first: with SD 1.5's 77 x 768 floats, half a gigabyte.
 PROMPT_CACHE_SIZE = 2048
+# Formats of a data set whose rows are no dictionaries.
+TABLES = ("pandas", "arrow", "polars")
 
 
 class PromptSampler(RepeatSampler):
@@ -237,6 +239,8 @@ def check_prompts(dataset: Dataset | None, name: str) -> Dataset:
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")
+    if dataset.format["type"] in TABLES:
+        dataset = dataset.with_format(None)
     check_captions(dataset["prompt"], name)
     return dataset
 

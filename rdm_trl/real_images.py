@@ -13,6 +13,7 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 from .guidance import cache_of, description, digest, make_folder
+from .models.pipelines import PipelineFamily
 from .prompts import check_captions, fingerprint
 
 
@@ -50,6 +51,13 @@ def to_pixels(image, height: int, width: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height)), dtype=np.float32) / 255
 
 
+def check_draws_images(family: PipelineFamily):
+    """Raises `ValueError` for a pipeline of videos."""
+    if family.num_frames is not None:
+        name = type(family.pipeline).__name__
+        raise ValueError(f"`adversarial_weight` and `image_dataset` are for images, and {name} draws videos.")
+
+
 class RealImages:
     """
     Latents of a data set's images in the form that the denoiser takes them, on disk, and their captions.
@@ -70,9 +78,7 @@ class RealImages:
 
     def __init__(self, trainer):
         args, family = trainer.args, trainer.family
-        if family.num_frames is not None:
-            name = type(family.pipeline).__name__
-            raise ValueError(f"`adversarial_weight` and `image_dataset` are for images, and {name} draws videos.")
+        check_draws_images(family)
         self.dataset, self.column = load_images(args.image_dataset, args.image_column), args.image_column
         self.captions = self.dataset["prompt"][:] if "prompt" in self.dataset.column_names else None
         vae = family.pipeline.components.get("vae")
@@ -111,6 +117,7 @@ class RealImages:
             pixels = VaeImageProcessor.numpy_to_pt(pixels).to(family.denoiser.device)
             latents[start : start + len(rows)] = family.encode_images(pixels).cpu()
         latents.flush()
+        del latents  # Windows moves no file that is open
         unfinished.replace(file)
 
     def draw(self, number: int) -> tuple[torch.Tensor, list[str] | None]:

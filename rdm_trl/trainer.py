@@ -13,11 +13,11 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, get_scheduler
+from transformers import Trainer, TrainerCallback
 
 from . import evaluation, guidance
 from .adversary import Adversary
-from .callbacks import ImageTracker, StopOnSignalCallback, default_callbacks, mean_figures
+from .callbacks import ImageTracker, StopOnSignalCallback, call_apart, default_callbacks, mean_figures
 from .config import RdmDistillConfig
 from .ddpo import ask_black_boxes, compute_rewards, generate_samples, of_one, policy_loss, transition_loss
 from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
@@ -27,10 +27,11 @@ from .method import losses, matching, policy
 from .method.advantages import Feedback
 from .method.diffusion import NoiseProcess
 from .method.experience import Experience
-from .method.fake_score import FakeScore
 from .models import sharding
 from .models.lora import make_roles
 from .models.pipelines import base_of, family_of, load_pipeline
+from .noise import noise_apart
+from .optimizers import check_optimizers, create_optimizers
 from .prompts import PromptSampler, check_prompts, prompt_caches, split_rows, training_prompts
 from .rewards import RewardFunction, resolve_reward
 from .rewards.panel import RewardPanel, distribution_matching_push
@@ -76,7 +77,8 @@ class RdmDistillTrainer(Trainer):
             `peft_config`'s rank; the saved one alone draws in that style. Text encoders' part is saved as it is.
         student_lora (path or Hub id, *optional*):
             A few-step LoRA to continue, with its rank, alpha and layers: an earlier run's folder, or an LCM-LoRA.
-        callbacks, optimizers: as in `transformers.Trainer`; the optimizer is the student's.
+        callbacks: as in `transformers.Trainer`.
+        optimizers: to be left out, since the parameters are made here. See `create_optimizer`.
 
     Raises:
         ValueError: no prompts, an unsupported pipeline or scheduler, mismatched weights; before anything is trained.
@@ -152,8 +154,10 @@ class RdmDistillTrainer(Trainer):
             roles.compile_denoiser(config.torch_compile_backend, config.torch_compile_mode)
         self.stop_callback = StopOnSignalCallback()
         self.add_callback(self.stop_callback)
+        call_apart(self.callback_handler, self.accelerator.device)
         self.model_accepts_loss_kwargs = False  # `Roles.forward` takes any keyword, but no token count
         self.family.place(self.accelerator.device, config.offload_encoders, roles.sharded)
+        evaluation.check_types(self)
         self.student_timesteps = self.student_scheduler.timesteps.to(self.accelerator.device)
         self.adversary = Adversary(self) if config.adversarial_weight else None
         # Other noise on each process, from here on.
@@ -163,10 +167,16 @@ class RdmDistillTrainer(Trainer):
         features = config.eval_feature_model and evaluation.PretrainedFeatures(config.eval_feature_model)
         self.judge = load_demo_judge() if self.is_demo and not features else evaluation.Judge(features)
         check_best_metric(config, [*self.judge.names, *self.rewards.names])
+        check_optimizers(self)
         self.metrics, self.best_note = {}, ""
         self.cost = {"updates": 0, "rollouts": 0, "teacher_evaluations": 0, "seconds": 0.0}
+        self._measured = {}
+        self._begin()
+
+    def _begin(self):
+        """Forgets what a run may have left behind that was broken off in the middle of an update."""
         self._experiences, self._trusted, self._accumulated = [], True, 0
-        self._fake_batches, self._measured, self._records = [], {}, defaultdict(list)
+        self._fake_batches, self._records = [], defaultdict(list)
 
     # -------------------------------------------------------------------------------------------------- data and roles
 
@@ -225,6 +235,7 @@ class RdmDistillTrainer(Trainer):
             checkpoint.check_settings(Path(folder), self.settings(), self.args.resume_with_changes)
         if self.absorbs_guidance:
             self.absorb_guidance(folder)
+        self._begin()
         with self.stop_callback.listening():
             return super().train(folder, *args, **kwargs)
 
@@ -320,7 +331,8 @@ class RdmDistillTrainer(Trainer):
             pushes = None
         if shows and self.is_world_process_zero():
             shown = [[images, prompts, metadata, *of_one(self.rewards.names, rewards, details)]]
-            self.image_samples_callback(shown, self.state.global_step, ImageTracker(self))
+            with noise_apart(device):
+                self.image_samples_callback(shown, self.state.global_step, ImageTracker(self))
         self._record(rollout.figures(args.num_generations))
         if not x0.requires_grad:
             x0 = self._predict_exits(rollout, condition)
@@ -400,27 +412,11 @@ class RdmDistillTrainer(Trainer):
             return losses.denoising_loss(output, self.process.target(x0, noise, timesteps))
 
     def create_optimizer(self, model=None):
-        """The student's optimizer, and beside it the fake score's."""
-        args = self.args
-        optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
-        if self.optimizer is None:
-            parameters = self.model.adapter_parameters("student")
-            self.optimizer = optimizer_class(parameters, weight_decay=args.weight_decay, **kwargs)
-        if self.fake_score is None:
-            schedule = args.fake_lr_scheduler_type, args.fake_warmup_steps, args.max_steps * args.fake_updates
-            self.fake_score = self.make_score(self.model.adapter_parameters("fake"), "fake score", *schedule)
-            if self.adversary is not None:
-                self.adversary.create_score()
-        return self.optimizer
-
-    def make_score(self, parameters: list, name: str, schedule: str, warmup_steps: int, num_updates: int, rate=1.0):
-        """What trains `parameters` beside the student, at `rate` times `fake_learning_rate`; see [`FakeScore`]."""
-        args = self.args
-        optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
-        kwargs["lr"] = rate * args.fake_learning_rate
-        optimizer = optimizer_class(parameters, weight_decay=args.weight_decay, **kwargs)
-        scheduler = get_scheduler(schedule, optimizer, warmup_steps, num_updates)
-        return FakeScore(parameters, optimizer, scheduler, args.max_grad_norm, name)
+        """
+        The student's optimizer, and beside it the fake score's. One of your own is set as `trainer.optimizer` before
+        `train()`; it has the parameters `trainer.model.adapter_parameters("student")`.
+        """
+        return create_optimizers(self)
 
     # ------------------------------------------------------------------------------------------------ DDPO's interface
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_tiny_pipeline
+from conftest import make_tiny_pipeline, make_trainer
+from datasets import Dataset
 from peft import LoraConfig
+from PIL import Image
 from tiny_pipelines import CASES, family_for, make
 
 from rdm_trl import plan
@@ -62,6 +64,51 @@ def test_activations_are_what_a_forward_pass_keeps():
     pipeline = plan.load_without_weights(DEMO_PIPELINE, torch.float32)
     estimate = plan.memory_of(pipeline, 192, False).activations
     assert estimate == pytest.approx(int(output), rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_discriminator_takes_what_the_trainers_takes(tmp_path, checkpointing):
+    """In float32: the storages that are alive in the midst of its pass, and those of its head behind an update."""
+    Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 4}).save_to_disk(tmp_path / "real")
+    options = dict(adversarial_weight=0.1, image_dataset=str(tmp_path / "real"))
+    options |= dict(activation_checkpointing=checkpointing, teacher_cache_dir=str(tmp_path / "cache"))
+    lora = LoraConfig(r=2, target_modules=family_of(load_demo_pipeline()).lora_target_modules)
+    pipeline = load_demo_pipeline()
+    trainer = make_trainer(tmp_path, pipeline=pipeline, peft_config=lora, max_steps=1, **options)
+    trainer.train()
+    head, score = trainer.adversary.head, trainer.adversary.score
+    trained = [value for state in score.optimizer.state.values() for value in state.values() if value.ndim]
+    for parameter in head.parameters():
+        trained += [parameter, torch.zeros_like(parameter)]  # with its gradient
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    condition, x0 = trainer.encode(["a photo of a bag"] * 8), torch.randn(8, *trainer.family.latent_shape)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainer.adversary.push(x0, torch.randn_like(x0), torch.full((8,), 500), condition)
+    weights = {p.untyped_storage()._cdata for p in (*trainer.model.parameters(), *head.parameters())}
+    real = sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
+    plain, planned = (
+        plan.memory_of(plan.load_without_weights(DEMO_PIPELINE, torch.float32), 8, checkpointing, 2, **with_it)
+        for with_it in ({}, dict(with_discriminator=True))
+    )
+    assert planned.adapters - plain.adapters == sum(value.nbytes for value in trained)
+    assert planned.activations - plain.activations == pytest.approx(real, rel=0.1)
+
+
+def test_the_option_of_a_discriminator(capsys):
+    arguments = ["plan", "--model", DEMO_PIPELINE, "--gpu-memory", "80"]
+    totals = []
+    for more in ([], ["--adversarial"]):
+        main([*arguments, *more])
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("in all"))
+        totals.append(float(line.split()[-2]))
+    assert totals[1] > totals[0]
+    with pytest.raises(ValueError, match="are for images, and WanPipeline draws videos"):
+        plan.memory_of(make(CASES["wan"]), 4, False, 2, *CASES["wan"].size.values(), with_discriminator=True)
 
 
 def test_checkpointing_and_batch_size():

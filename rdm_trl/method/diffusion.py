@@ -47,10 +47,12 @@ class NoiseProcess:
             prediction, or one of diffusers' flow-matching schedulers.
 
     Raises:
-        ValueError: the scheduler has no such process, an unknown prediction type, or predicts epsilon from pure noise.
+        ValueError: the scheduler has no such process, an unknown prediction type, predicts epsilon from pure noise, or
+            does something else than its configuration says.
     """
 
     def __init__(self, scheduler: SchedulerMixin):
+        check_configured(scheduler)
         self.num_train_timesteps = scheduler.config.num_train_timesteps
         if is_flow(scheduler):
             self.prediction_type = "flow_prediction"
@@ -68,10 +70,11 @@ class NoiseProcess:
                 f"{type(scheduler).__name__} has prediction_type={self.prediction_type!r}; the student can use one of "
                 f"{', '.join(PREDICTION_TYPES)}."
             )
-        if self.prediction_type == "epsilon" and scheduler.config.get("rescale_betas_zero_snr"):
+        if self.prediction_type == "epsilon" and starts_at_pure_noise(scheduler):
             raise ValueError(
-                "A scheduler with `rescale_betas_zero_snr` starts at pure noise, from which an epsilon prediction "
-                "says nothing of the image: use a pipeline that predicts v, or a scheduler without it."
+                "The scheduler starts at pure noise (`rescale_betas_zero_snr`, or such `trained_betas`), from which "
+                "an epsilon prediction says nothing of the image: use a pipeline that predicts v, or a scheduler "
+                "without it."
             )
 
     def coefficients(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,6 +137,40 @@ class NoiseProcess:
 def is_flow(scheduler: SchedulerMixin) -> bool:
     """Whether the scheduler's process is flow matching; DPM-Solver and UniPC know both."""
     return isinstance(scheduler, FLOW_SCHEDULERS) or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def starts_at_pure_noise(scheduler: SchedulerMixin) -> bool:
+    # With the option some schedulers keep a little of the image, so as not to divide by 0.
+    return bool(scheduler.config.get("rescale_betas_zero_snr")) or bool(scheduler.alphas_cumprod.min() == 0)
+
+
+def check_configured(scheduler: SchedulerMixin):
+    """
+    Raises `ValueError` for what a scheduler does without its configuration saying so, from which the teacher is drawn
+    with and the student's is made and saved; and for flow matching that is not ours.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    shifts = isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowMatchLCMScheduler)
+    if shifts and scheduler.shift != config.shift:
+        raise ValueError(
+            f"The scheduler's shift was set to {scheduler.shift}, but its configuration, which is what is saved, says "
+            f"{config.shift}. Give `pipe.scheduler = {name}.from_config(pipe.scheduler.config, "
+            f"shift={scheduler.shift})`."
+        )
+    if hasattr(scheduler, "alphas_cumprod"):
+        configured = type(scheduler).from_config(config).alphas_cumprod
+        if not torch.allclose(scheduler.alphas_cumprod.cpu().float(), configured.float(), atol=1e-6):
+            raise ValueError(
+                f"The noise levels of the {name} are not those of its configuration, which is what is saved. Set them "
+                "by its options: `rescale_betas_zero_snr=True`, or `trained_betas`."
+            )
+    if config.get("invert_sigmas"):
+        raise ValueError(f"A {name} with `invert_sigmas` counts noise from the other end, which is not supported.")
+    if config.get("use_flow_sigmas") and config.prediction_type != "flow_prediction":
+        raise ValueError(
+            f"The {name} has `use_flow_sigmas`, but prediction_type={config.prediction_type!r}, and would take the "
+            "network's velocity for something else: give it `prediction_type='flow_prediction'` too."
+        )
 
 
 def make_student_scheduler(

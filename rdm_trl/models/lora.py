@@ -13,11 +13,13 @@ from diffusers.utils import logging
 from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import CLIPTextModel
 
 from .full import FullRoles
 from .pipelines.base import PipelineFamily
+from .pipelines.changes import check_unchanged
 from .roles import TEACHER, NetworkRoles, Roles, adapter_state, plain_lora
 
 
@@ -35,25 +37,26 @@ def make_roles(
 
     Raises:
         ValueError: one of the LoRAs is not for this pipeline, `peft_config` stands beside `student_lora`, the pipeline
-            has a LoRA or a student already, whole copies of a quantized denoiser are asked for, or plain diffusers
-            would not load what this `peft_config` saves.
+            has a LoRA or a student already or was changed otherwise, whole copies of a quantized denoiser are asked
+            for, or plain diffusers would not load what this `peft_config` saves.
         TypeError: `peft_config` is another kind of adapter.
     """
-    if peft_config is not False and not isinstance(peft_config, LoraConfig | None):
+    if peft_config is not False and type(peft_config) not in (LoraConfig, type(None)):  # AdaLoRA's is one of its kind
         raise TypeError(f"`peft_config` is {peft_config!r}, but must be a `LoraConfig`, or `False` for no LoRA.")
+    check_unchanged(family.pipeline, family.denoiser_name)
     if "student" in getattr(family.denoiser, "peft_config", {}):
         raise ValueError("The pipeline already has a student, of another trainer: load it again for this one.")
     networks = (family.denoiser, *family.encoders())
     if any(isinstance(module, BaseTunerLayer) for network in networks for module in network.modules()):
         raise ValueError(
-            "This pipeline has a LoRA loaded, which would be lost: give it as `teacher_lora`, or fuse it first "
-            "(`pipeline.fuse_lora(); pipeline.unload_lora_weights()`)."
+            "This pipeline has a LoRA loaded, which would be lost: give it as `teacher_lora`, or fuse it and save the "
+            "pipeline (`pipeline.fuse_lora(); pipeline.unload_lora_weights(); pipeline.save_pretrained(folder)`)."
         )
     if peft_config is False:
         if teacher_lora is not None or student_lora is not None:
             raise ValueError(
                 "`teacher_lora` and `student_lora` need LoRAs, and `peft_config=False` has none: fuse them into the "
-                "pipeline first."
+                "pipeline, save that, and give the folder."
             )
         if getattr(family.denoiser, "is_quantized", False):  # diffusers sets it only where it is so
             raise ValueError("`peft_config=False` trains copies of the denoiser, which must not be quantized.")
@@ -72,6 +75,7 @@ def make_roles(
     check_lora_config(peft_config)
     use_encoder_loras(family, encoder_loras)
     roles = Roles(family.denoiser, peft_config, teacher, student)
+    check_scales(family.denoiser, peft_config)
     check_saved_lora(family, roles)
     return roles
 
@@ -124,6 +128,11 @@ def check_lora_config(config: LoraConfig):
     for name in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"):
         if getattr(config, name, None):  # older versions of peft have fewer of them
             raise ValueError(f"`peft_config` has `{name}`, which is no LoRA that diffusers loads: leave it out.")
+    if config.lora_dropout:
+        raise ValueError(
+            f"`peft_config` has `lora_dropout={config.lora_dropout}`, but dropout is off in every role: scores are "
+            "compared, and the importance ratio must start at 1. Leave it out."
+        )
     if config.bias != "none":
         raise ValueError(f"`peft_config` has `bias={config.bias!r}`: all roles share the base's biases. Use 'none'.")
     if config.init_lora_weights not in (True, False, "gaussian"):
@@ -131,6 +140,18 @@ def check_lora_config(config: LoraConfig):
             f"`peft_config` has `init_lora_weights={config.init_lora_weights!r}`, which begins with other weights of "
             "the base or needs data: the base is the teacher here. Use 'gaussian'."
         )
+
+
+def check_scales(denoiser: nn.Module, config: LoraConfig):
+    """Raises `ValueError` for layers of the student that never learn, and for patterns of `config` that fit none."""
+    layers = {path: m for path, m in denoiser.named_modules() if isinstance(m, BaseTunerLayer) and "student" in m.r}
+    for path, layer in layers.items():
+        if layer.scaling["student"] == 0:
+            raise ValueError(f"`peft_config` has an alpha of 0 at {path}, where the adapter would never learn.")
+    for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            if not any(get_pattern_key([pattern], path) == pattern for path in layers):
+                raise ValueError(f"`peft_config` has `{name}` for {pattern!r}, but no layer of the adapter fits it.")
 
 
 def check_saved_lora(family: PipelineFamily, roles: Roles):

@@ -303,6 +303,9 @@ def joined_config(config: LoraConfig, denoiser: nn.Module, teacher_state: dict[s
     return replace(
         config,
         target_modules=sorted(ranks),
+        exclude_modules=None,  # which `ranks` follows; the teacher's layers must not fall under these
+        layers_to_transform=None,
+        layers_pattern=None,
         rank_pattern={f"^{layer}": rank for layer, rank in ranks.items()},
         alpha_pattern={f"^{layer}": alpha for layer, alpha in alphas.items()},
         use_rslora=False,

@@ -13,9 +13,11 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+from torch import nn
 
 from .._trl import get_callable_name, is_async_callable
 from ..frames import as_frames, num_frames
+from ..noise import noise_apart
 from . import builtin
 
 
@@ -111,7 +113,9 @@ def ask(
     if not wants_clips(reward_function):
         images = as_frames(images, frame_stride)
     prompts, metadata = ([row for row in rows for _ in range(number)] for rows in (prompts, metadata))
-    parameters = inspect.signature(reward_function).parameters.values()
+    # A module's own signature is that of `nn.Module`, which takes anything.
+    function = reward_function.forward if isinstance(reward_function, nn.Module) else reward_function
+    parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         rows = [row if isinstance(row, dict) else {"metadata": row} for row in metadata]
         columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
@@ -223,7 +227,7 @@ class Scorer:
         def finish():
             # The others stay on this thread: one that draws random numbers must draw the same ones in every run.
             answers = {
-                i: self._in_time(i, lambda function=function: self._ask(function, images, prompts, metadata))
+                i: self._in_time(i, images.device, lambda f=function: self._ask(f, images, prompts, metadata))
                 for i, function in enumerate(self.reward_functions)
                 if i not in waiting
             }
@@ -248,12 +252,12 @@ class Scorer:
         """Each function gets images and lists of its own: what it does to them in place is nobody else's matter."""
         return ask(function, images.clone(), list(prompts), list(metadata), self.frame_stride)
 
-    def _in_time(self, i: int, call: Callable):
+    def _in_time(self, i: int, device: torch.device, call: Callable):
         try:
-            if self.timeout is None:
-                with torch.no_grad():
+            with torch.no_grad(), noise_apart(device):
+                if self.timeout is None:
                     return call()
-            return in_thread(torch.no_grad()(call)).result(self.timeout)
+                return in_thread(torch.no_grad()(call)).result(self.timeout)
         except Exception as error:
             raise self._explained(i, error) from error
 
@@ -290,7 +294,8 @@ def reward_gradient(
         latents = latents.detach().float().requires_grad_(True)
         images = decode(latents)
         try:
-            answer = ask(reward_function, images, prompts, metadata, frame_stride)
+            with noise_apart(latents.device):
+                answer = ask(reward_function, images, prompts, metadata, frame_stride)
         except Exception as error:
             raise RuntimeError(f"Reward function {name!r} failed: {type(error).__name__}: {error}") from error
         rewards = answer[0] if isinstance(answer, tuple) and answer else answer

@@ -11,6 +11,8 @@ from PIL.PngImagePlugin import PngInfo
 
 # The text chunk of a grid's file that says where which image lies.
 LAYOUT = "rdm_trl"
+# Characters of a prompt that a grid shows.
+LABEL = 80
 
 
 def comparison_grid(columns: dict[str, list[list[Image.Image]]], prompts: list[str]) -> Image.Image:
@@ -22,12 +24,13 @@ def comparison_grid(columns: dict[str, list[list[Image.Image]]], prompts: list[s
     """
     sample = next(iter(columns.values()))[0]
     size = max(sample[0].width, 64)
-    gap, header, margin = 12, 20, 8 + max(int(ImageDraw.Draw(sample[0]).textlength(prompt)) for prompt in prompts)
+    labels = [one_line(prompt) for prompt in prompts]
+    gap, header, margin = 12, 20, 8 + max(int(ImageDraw.Draw(sample[0]).textlength(label)) for label in labels)
     block, height = len(sample) * size, size * sample[0].height // sample[0].width
     picture = Image.new("RGB", (margin + len(columns) * (block + gap), header + len(prompts) * height), "white")
     draw = ImageDraw.Draw(picture)
-    for row, prompt in enumerate(prompts):
-        draw.text((4, header + row * height + height // 2), prompt, fill="black", anchor="lm")
+    for row, label in enumerate(labels):
+        draw.text((4, header + row * height + height // 2), label, fill="black", anchor="lm")
     lefts = []
     for column, (title, rows) in enumerate(columns.items()):
         left = margin + column * (block + gap)
@@ -45,6 +48,12 @@ def comparison_grid(columns: dict[str, list[list[Image.Image]]], prompts: list[s
         "size": [size, height],
     }
     return picture
+
+
+def one_line(prompt: str) -> str:
+    """A prompt as a grid shows it: captions of language models have paragraphs, and hundreds of words."""
+    text = " ".join(prompt.split())
+    return text if len(text) <= LABEL else f"{text[: LABEL - 1]}…"
 
 
 def save_grid(picture: Image.Image, file: Path):

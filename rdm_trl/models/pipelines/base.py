@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import save_file
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from ...frames import contact_sheets
-from ...method.diffusion import make_student_scheduler
+from ...method.diffusion import FLOW_SCHEDULERS, is_flow, make_student_scheduler
 
 
 logger = logging.get_logger(__name__)
@@ -189,12 +190,14 @@ class PipelineFamily:
         pipeline has to be given (`sigmas=`, `timesteps=`) to run a grid of the user's own.
 
         Raises:
-            ValueError: a grid of the other kind than the scheduler's, or one that the pipeline's call cannot be given.
+            ValueError: a grid of the other kind than the scheduler's, or one that the pipeline's call cannot be given,
+                or a scheduler of another process than the pipeline's.
         """
         if timesteps is not None and not self.takes_timesteps:
             raise ValueError(f"`sample_timesteps` cannot be given to a call of {type(self.pipeline).__name__}.")
         if sigmas is not None and not self.takes_sigmas:
             raise ValueError(f"`sample_sigmas` cannot be given to a call of {type(self.pipeline).__name__}.")
+        self.check_scheduler()
         scheduler = self.pipeline.scheduler
         self.student_scheduler = make_student_scheduler(scheduler, num_steps, self.grid(num_steps), sigmas, timesteps)
         if sigmas is not None:
@@ -202,6 +205,25 @@ class PipelineFamily:
         elif timesteps is not None:
             self.student_grid = {"timesteps": self.student_scheduler.timesteps.tolist()}
         return self.student_scheduler
+
+    def check_scheduler(self):
+        """Raises `ValueError` for a scheduler of another process than the networks of this pipeline are trained on."""
+        pipeline, scheduler = type(self.pipeline).__name__, self.pipeline.scheduler
+        name, declared = (
+            type(scheduler).__name__,
+            inspect.signature(self.pipeline_class.__init__).parameters["scheduler"],
+        )
+        if declared.annotation in FLOW_SCHEDULERS and not is_flow(scheduler):
+            raise ValueError(
+                f"{pipeline} is of flow matching, and its scheduler, {name}, is not: give it one of diffusers' "
+                "FlowMatch schedulers, or one with `use_flow_sigmas`, `flow_shift` and "
+                "`prediction_type='flow_prediction'` (UniPC, DPM-Solver)."
+            )
+        if declared.annotation is KarrasDiffusionSchedulers and isinstance(scheduler, FLOW_SCHEDULERS):
+            raise ValueError(
+                f"{pipeline} cannot be called with a {name}. Where its network was trained by flow matching, give it "
+                "UniPCMultistepScheduler with `use_flow_sigmas` and `prediction_type='flow_prediction'`."
+            )
 
     # ------------------------------------------------------------------------------------------- prompts and denoiser
 
