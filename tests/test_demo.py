@@ -42,10 +42,9 @@ def test_samples_are_the_garments_asked_for():
     features, logits = classifier(images)
     target = torch.tensor([demo.DEMO_PROMPT_CLASS[prompt] for prompt in prompts])
     assert evaluation.class_accuracy(logits, target) > 0.8
-    # 120 images are few: their distance is biased upwards by a few points.
+    # 120 images are few: their distance is biased upwards, from 0.3 to 1.
     distance = evaluation.frechet_distance(evaluation.feature_statistics(features), demo.load_demo_reference())
-    print("DISTANCE", distance, evaluation.class_accuracy(logits, target))
-    assert distance < 10.0
+    assert distance < 3.0
 
 
 def test_prompts_and_classes():

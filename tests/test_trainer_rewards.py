@@ -16,7 +16,7 @@ from rdm_trl.method import matching, policy
 
 # A short run in which a reward moves the tiny pipeline.
 LEARNING = dict(
-    max_steps=20,
+    max_steps=30,
     per_device_train_batch_size=32,
     num_generations=16,
     dm_centering="none",
@@ -52,7 +52,6 @@ def test_every_kind_of_reward_works_with_every_mixing(tmp_path, mixing, direct, 
     mixed = dict(reward_mixing=mixing, target_dm=target, reward_weights=[10.0])
     trainer = make_trainer(tmp_path, [reddish], **mixed, **LEARNING)
     trainer.train()
-    print("ENDS", mixing, direct, trainer.evaluate()["eval_reddish"], without)
     assert trainer.evaluate()["eval_reddish"] > without + 0.005
     logs = logs_of(trainer)
     name = "black_boxes" if mixing == "sum" and not direct else "reddish"
