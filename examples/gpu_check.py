@@ -77,14 +77,13 @@ CASES = [
 ]
 
 
+SMALL_UNET = dict(block_out_channels=(32, 32), layers_per_block=1)
+SMALL_UNET |= dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"))
+SMALL_UNET |= dict(up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
 # The outline of each, the guidance scale of its teacher, and what makes its denoiser tiny.
 MODELS: dict[str, tuple[Callable[[], DiffusionPipeline], float, dict]] = {
-    "sd15": (memory_table.sd15, 7.5, dict(sample_size=8, block_out_channels=(32,) * 4, layers_per_block=1)),
-    "sdxl": (
-        memory_table.sdxl,
-        7.0,
-        dict(block_out_channels=(32,) * 3, transformer_layers_per_block=1, attention_head_dim=4),
-    ),
+    "sd15": (memory_table.sd15, 7.5, dict(sample_size=8, attention_head_dim=8, **SMALL_UNET)),
+    "sdxl": (memory_table.sdxl, 7.0, dict(transformer_layers_per_block=1, attention_head_dim=4, **SMALL_UNET)),
     "sd35_medium": (
         memory_table.sd35_medium,
         4.5,

@@ -49,6 +49,7 @@ def test_methods_get_equal_budgets(tmp_path, monkeypatch, budget, changes, updat
 
 def test_seconds_of_updates_are_measured_once(tmp_path, monkeypatch):
     script = load_script("examples/compare_methods.py")
+    monkeypatch.setattr(script.seconds_of_update, "__defaults__", (4,))  # updates
     command = "compare --methods gndm gndm,fake_updates=8 --seeds 0 --num_images 8 --eval_steps 9 --budget seconds"
     command = [*command.split(), "--output_dir", str(tmp_path), "--set", *SMALL.split(), "max_steps=4"]
     monkeypatch.setattr("sys.argv", command)
@@ -62,16 +63,16 @@ def test_seconds_of_updates_are_measured_once(tmp_path, monkeypatch):
     script.main()
 
 
-def test_runs_side_by_side_end_where_one_alone_does(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "compare_methods.py"), "--methods", "gndm", "--num_images", "8"]
+def test_runs_side_by_side_end_where_one_alone_does(tmp_path, monkeypatch):
+    """In processes of their own, against this one."""
+    command = [str(ROOT / "examples" / "compare_methods.py"), "--methods", "gndm", "--num_images", "8"]
     command += ["--eval_steps", "2", "--set", *SMALL.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = []
-    for workers, seeds in ((2, "0 1"), (1, "1")):
-        folder = tmp_path / str(workers)
-        rest = ["--workers", str(workers), "--seeds", *seeds.split(), "--output_dir", str(folder)]
-        subprocess.run([*command, *rest], check=True, env=environment)
-        found.append(json.loads((folder / "embedded" / "results.json").read_text())["gndm-1"])
+    two = [*command, "--output_dir", str(tmp_path / "two"), "--workers", "2", "--seeds", "0", "1"]
+    subprocess.run([sys.executable, *two], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    monkeypatch.setattr("sys.argv", [*command, "--output_dir", str(tmp_path / "one"), "--seeds", "1"])
+    load_script("examples/compare_methods.py").main()
+    paths = [tmp_path / name / "embedded" / "results.json" for name in ("two", "one")]
+    found = [json.loads(path.read_text())["gndm-1"] for path in paths]
     for point in (found[0]["curve"][0], found[1]["curve"][0]):
         point.pop("seconds")
     assert found[0]["curve"] == found[1]["curve"] and found[0]["teacher"] == found[1]["teacher"]

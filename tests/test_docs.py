@@ -44,11 +44,13 @@ def small_runs(tmp_path, monkeypatch):
         "teacher_num_steps": 2,
         "num_log_images": 2,
         "fake_updates": 1,
+        "num_teacher_images": 4,
     }
 
     def shrink(options):
         for name, value in most.items():
-            setattr(options, name, min(getattr(options, name), value))
+            if getattr(options, name) is not None:  # then it is the default of the teacher's images
+                setattr(options, name, min(getattr(options, name), value))
         options.per_device_train_batch_size = 2 * options.num_generations
         options.use_cpu = options.disable_tqdm = True
         check(options)

@@ -1,6 +1,8 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 import json
+import sys
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from rdm_trl import RdmDistillTrainer
 def script(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     script = load_script("examples/gpu_check.py")
+    # Encoders are of the real width, and few short prompts enough.
+    monkeypatch.setattr(sys.modules["benchmark"], "DEMO_PROMPTS", ["a bag", "a coat"])
+    monkeypatch.setattr(script, "time_updates", partial(script.time_updates, max_sequence_length=16))
     monkeypatch.setattr(script, "CASES", [script.Case("sd35_medium", 4), script.Case("flux", 4, checkpointing=True)])
     return script
 
@@ -39,6 +44,7 @@ def test_an_updates_parts_are_timed_by_the_trainer_itself(script, tmp_path):
 
 
 def test_the_other_two_families(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "time_updates", script.time_updates.func)  # theirs have one length
     monkeypatch.setattr(script, "CASES", [script.Case("sd15", 4), script.Case("sdxl", 4, checkpointing=True)])
     found, _ = run(script, tmp_path)
     assert [case["pixels"] for case in found["cases"]] == [64, 64] and all("seconds" in c for c in found["cases"])

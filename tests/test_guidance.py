@@ -22,7 +22,7 @@ def options_of(tmp_path, **options):
         teacher_guidance_scale=3.0,
         sample_guidance_scale=1.0,
         teacher_cache_dir=str(tmp_path / "cache"),
-        per_device_eval_batch_size=2,
+        per_device_eval_batch_size=4,
     )
     return {**defaults, **options}
 
@@ -118,7 +118,7 @@ def test_all_else_is_as_without(tmp_path, full):
     pipeline, lora = make_tiny_pipeline(), False if full else LoraConfig(r=2)
     absorbed = absorbing(tmp_path, peft_config=lora)
     state = torch.get_rng_state()
-    options = dict(sample_guidance_scale=1.0, teacher_guidance_scale=3.0, per_device_eval_batch_size=2)
+    options = dict(sample_guidance_scale=1.0, teacher_guidance_scale=3.0, per_device_eval_batch_size=4)
     plain = make_trainer(tmp_path / "plain", peft_config=lora, **options)
     assert torch.equal(state, torch.get_rng_state())
     absorbed.absorb_guidance()
@@ -168,6 +168,14 @@ def test_a_second_run_draws_and_fits_nothing(tmp_path, monkeypatch):
     assert files_of(tmp_path) == kept
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """What a run has kept."""
+    folder = tmp_path_factory.mktemp("drawn")
+    absorbing(folder).absorb_guidance()
+    return folder / "cache"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -180,9 +188,8 @@ def test_a_second_run_draws_and_fits_nothing(tmp_path, monkeypatch):
         dict(pipeline="other scheduler"),
     ],
 )
-def test_another_teacher_draws_anew(tmp_path, change):
-    first = absorbing(tmp_path)
-    first.absorb_guidance()
+def test_another_teacher_draws_anew(tmp_path, drawn, change):
+    shutil.copytree(drawn, tmp_path / "cache")
     if "pipeline" in change:
         pipeline = make_tiny_pipeline()
         if change["pipeline"] == "other weights":
@@ -231,7 +238,8 @@ def test_a_teachers_lora_draws_too(tmp_path):
 
 
 def test_drawing_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
-    whole = absorbing(tmp_path / "whole")
+    two = {"per_device_eval_batch_size": 2}
+    whole = absorbing(tmp_path / "whole", **two)
     whole.absorb_guidance()
     draw, calls = guidance.GuidedImages.draw, []
 
@@ -243,9 +251,9 @@ def test_drawing_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(guidance.GuidedImages, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        absorbing(tmp_path).train()
+        absorbing(tmp_path, **two).train()
     assert len(files_of(tmp_path)) == 2
-    trainer = absorbing(tmp_path)
+    trainer = absorbing(tmp_path, **two)
     trainer.absorb_guidance()
     assert calls == [[0, 1], [2, 3], [2, 3], [4, 5]] and trainer.cost["teacher_images"] == 4
     assert torch.equal(trainer.target, whole.target) and files_of(tmp_path) == files_of(tmp_path / "whole")
@@ -282,7 +290,7 @@ def test_resumed_with_other_guidance(tmp_path):
     assert changed.cost["teacher_images"] == 6
     assert not torch.equal(changed.target, first.target)
     # And from a run that absorbed nothing.
-    plain = dict(sample_guidance_scale=1.0, teacher_guidance_scale=3.0, per_device_eval_batch_size=2, **options)
+    plain = dict(sample_guidance_scale=1.0, teacher_guidance_scale=3.0, per_device_eval_batch_size=4, **options)
     make_trainer(tmp_path / "other", **plain).train()
     later = absorbing(tmp_path, max_steps=3, resume_with_changes=True)
     later.train(resume_from_checkpoint=str(tmp_path / "other" / "run" / "checkpoint-2"))

@@ -239,19 +239,19 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
     ],
 )
 def test_resume_continues_the_run(tmp_path, reuse):
-    """5 + 3 updates with a stop between are 8 updates, with the mixing's running statistics and multiplier."""
+    """3 updates from the checkpoint of step 5 are the last of 8, with the mixing's statistics and multiplier."""
     prompts = [f"a {i}" for i in range(7)]
-    mixing = dict(reward_mixing="constrained", target_dm=0.1, save_strategy="steps", save_steps=5, **reuse)
+    options = dict(max_steps=8, fake_updates=1, save_strategy="steps", save_steps=5, **reuse)
+    options |= dict(reward_mixing="constrained", target_dm=0.1, prompts=prompts)
 
     def bright(images, prompts, metadata):
         return images.mean((1, 2, 3))
 
     bright.differentiable = True
-    trainer = make_trainer(tmp_path / "whole", [redness, bright], max_steps=8, prompts=prompts, **mixing)
+    trainer = make_trainer(tmp_path / "whole", [redness, bright], **options)
     trainer.train()
-    make_trainer(tmp_path / "parts", [redness, bright], max_steps=5, prompts=prompts, **mixing).train()
-    resumed = make_trainer(tmp_path / "parts", [redness, bright], max_steps=8, prompts=prompts, **mixing)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = make_trainer(tmp_path / "rest", [redness, bright], **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "run" / "checkpoint-5"))
     for name in ("student", "fake", "ema"):
         state = resumed.model.adapter_state(name)
         for key, value in trainer.model.adapter_state(name).items():
@@ -438,7 +438,10 @@ def test_compiled_for_every_role(tmp_path):
         compiled = {"torch_compile": True, "torch_compile_backend": backend} if backend else {}
         options = {"learning_rate": 1e-2, "max_steps": 3, "activation_checkpointing": True, **compiled}
         # As many prompts as steps: then every update has all exit steps, and the rollout's batches the same sizes.
-        trainer = make_trainer(tmp_path / str(backend), pipeline=make_sd3(), num_generations=2, **options)
+        lora = LoraConfig(r=2, target_modules=["to_q", "proj_out"])  # each layer is traced for each role
+        trainer = make_trainer(
+            tmp_path / str(backend), pipeline=make_sd3(), num_generations=2, peft_config=lora, **options
+        )
 
         class CountGraphs(TrainerCallback):
             def on_step_end(self, *args, **kwargs):

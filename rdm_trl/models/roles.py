@@ -155,7 +155,8 @@ class Roles(NetworkRoles):
         for name in configs:
             for parameter in self.adapter_parameters(name):
                 parameter.requires_grad_(name in ("student", "fake"))
-        self.load_adapter("ema", self.adapter_state("student"))
+        with torch.no_grad():
+            torch._foreach_copy_(self.adapter_parameters("ema"), self.adapter_parameters("student"))
         # DDP wraps this module for the student alone: the fake score is trained outside its forward pass.
         ignored = [f".{name}." for name in self.adapters if name != "student"]
         self._ddp_params_and_buffers_to_ignore = [

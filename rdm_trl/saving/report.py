@@ -8,12 +8,13 @@ import math
 import re
 import shlex
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment
+from jinja2 import Environment, Template
 from PIL import Image
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -465,10 +466,17 @@ def for_script(data: Any) -> str:
     return json.dumps(data).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def make_page(runs: list[Run]) -> str:
-    """The page of one run, or of several side by side. Needs plotly."""
+@cache
+def template_and_plotly() -> tuple[Template, str]:
+    """The page that is to be filled, and the script that draws in it."""
     from plotly.offline import get_plotlyjs
 
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")), get_plotlyjs()
+
+
+def make_page(runs: list[Run]) -> str:
+    """The page of one run, or of several side by side. Needs plotly."""
     largest = LARGEST
     samples = samples_of(runs, largest)
     while size_of(samples) > PICTURE_BYTES and largest > 32:
@@ -483,9 +491,7 @@ def make_page(runs: list[Run]) -> str:
         "evaluations": evaluation_charts(runs),
         "trades": trade_charts(runs),
     }
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
+    template, plotly = template_and_plotly()
     return template.render(
         title=" · ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
         runs=[
@@ -512,7 +518,7 @@ def make_page(runs: list[Run]) -> str:
         different=different,
         same=same,
         data=for_script(data),
-        plotly=get_plotlyjs(),
+        plotly=plotly,
     )
 
 

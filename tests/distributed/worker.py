@@ -99,14 +99,13 @@ def resume(folder: Path):
     options = dict(
         reward_mixing="constrained", target_dm=0.1, num_iterations=4, dm_normalization="batch", prompts=prompts
     )
-    saving = dict(save_strategy="steps", save_steps=3)
+    options |= dict(max_steps=5, save_strategy="steps", save_steps=3)
     rewards = [redness, brightness]
-    whole = make_trainer(folder / "whole", rewards, max_steps=5, **options)
+    whole = make_trainer(folder / "whole", rewards, **options)
     whole.train()
     save(whole, folder, "whole")
-    make_trainer(folder / "parts", rewards, max_steps=3, **options, **saving).train()
-    resumed = make_trainer(folder / "parts", rewards, max_steps=5, **options, **saving)
-    resumed.train(resume_from_checkpoint=True)
+    resumed = make_trainer(folder / "rest", rewards, **options)
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "run" / "checkpoint-3"))
     save(resumed, folder, "resumed")
     whole.evaluate()
     assert whole.metrics["student"]["rewards"].keys() == {"redness", "brightness"}

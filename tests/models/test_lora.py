@@ -56,7 +56,7 @@ def test_the_saved_lora_alone_gives_the_styled_students_sample(tmp_path, rank_al
     style = save_style(tmp_path / "style")
     rank, alpha = rank_alpha
     lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_k", "to_v", "to_out.0", "conv2"])
-    trainer = make_trainer(tmp_path, teacher_lora=style, peft_config=lora, learning_rate=0.02)
+    trainer = make_trainer(tmp_path, teacher_lora=style, peft_config=lora, learning_rate=0.04)
     frozen = trainer.model.adapter_state("teacher")
     trainer.train()
     trainer.save_model()
