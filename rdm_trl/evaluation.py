@@ -172,9 +172,11 @@ def draw(
 
 def drawn_rows(trainer, dataset: Dataset) -> tuple[list[str], list]:
     """Prompts and metadata of the images of an evaluation, in turn, `num_generations` of each."""
-    args, (prompts, metadata) = trainer.args, split_rows(list(dataset))
-    chosen = [i % len(prompts) for i in range(-(-args.num_eval_images // args.num_generations))]
-    chosen = [i for i in chosen for _ in range(args.num_generations)]
+    args = trainer.args
+    number = -(-args.num_eval_images // args.num_generations)
+    # Those rows alone: an image may come with each.
+    prompts, metadata = split_rows([dataset[i] for i in range(min(number, len(dataset)))], trainer.family)
+    chosen = [i % len(prompts) for i in range(number) for _ in range(args.num_generations)]
     return [prompts[i] for i in chosen], [metadata[i] for i in chosen]
 
 

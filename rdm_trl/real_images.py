@@ -64,15 +64,20 @@ class RealImages:
         captions (`list[str]`, *optional*): the column `prompt`, where there is one.
 
     Raises:
-        ValueError: as [`load_images`], or the pipeline draws videos.
+        ValueError: as [`load_images`], or the pipeline draws videos or edits images.
         OSError: the cache cannot be written.
     """
 
     def __init__(self, trainer):
         args, family = trainer.args, trainer.family
+        name = type(family.pipeline).__name__
         if family.num_frames is not None:
-            name = type(family.pipeline).__name__
             raise ValueError(f"`adversarial_weight` and `image_dataset` are for images, and {name} draws videos.")
+        if family.takes_image:
+            raise ValueError(
+                f"`adversarial_weight` and `image_dataset` are for prompts alone, and {name} edits images: real ones "
+                "are no edits of theirs, and would be told from the student's by that."
+            )
         self.dataset, self.column = load_images(args.image_dataset, args.image_column), args.image_column
         self.captions = self.dataset["prompt"][:] if "prompt" in self.dataset.column_names else None
         vae = family.pipeline.components.get("vae")

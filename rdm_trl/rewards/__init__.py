@@ -110,7 +110,8 @@ def ask(
     number = frames_seen(reward_function, images, frame_stride)
     if not wants_clips(reward_function):
         images = as_frames(images, frame_stride)
-    prompts, metadata = ([row for row in rows for _ in range(number)] for rows in (prompts, metadata))
+    words = [str(prompt) for prompt in prompts]  # an image that comes with it is in the metadata
+    prompts, metadata = ([row for row in rows for _ in range(number)] for rows in (words, metadata))
     parameters = inspect.signature(reward_function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         rows = [row if isinstance(row, dict) else {"metadata": row} for row in metadata]
