@@ -15,11 +15,12 @@ import json
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 
 from rdm_trl.demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge
 from rdm_trl.evaluation import Judge, PretrainedFeatures, machine
 from rdm_trl.models.pipelines import base_in, family_of, read_pipeline
-from rdm_trl.prompts import load_prompts
+from rdm_trl.prompts import check_prompts, load_prompts, split_rows
 from rdm_trl.rewards import Scorer, resolve_reward
 from rdm_trl.saving.export import fuse
 from rdm_trl.saving.hub import figures_table
@@ -29,7 +30,7 @@ from rdm_trl.saving.pictures import comparison_grid
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", type=Path, help="folders of save_model")
-    parser.add_argument("--dataset_name", help="of prompts; the embedded pipeline brings its own")
+    parser.add_argument("--dataset_name", help="of prompts (and images to edit); the embedded pipeline brings its own")
     parser.add_argument("--reward_funcs", nargs="*", default=[])
     parser.add_argument("--eval_feature_model", help="image model whose features serve for Fréchet distances")
     parser.add_argument("--num_images", type=int, default=2400)
@@ -40,10 +41,15 @@ def parse_args():
     return parser.parse_args()
 
 
+def family_for(pipeline, settings: dict):
+    """Of the size that a run was trained at."""
+    size = settings["sample_height"], settings["sample_width"], settings.get("sample_num_frames")
+    return family_of(pipeline, *size, settings["max_sequence_length"])
+
+
 def sample(pipeline, settings: dict, steps: int, scale: float | None, prompts: list[str], args, name: str):
     """Images (B, 3, H, W); with `scale` None as a student: unguided, on the grid that it was trained on."""
-    size = settings["sample_height"], settings["sample_width"], settings.get("sample_num_frames")
-    family = family_of(pipeline, *size, settings["max_sequence_length"])
+    family = family_for(pipeline, settings)
     scheduler = pipeline.scheduler
     if scale is None:
         family.make_student_scheduler(steps, settings["sample_sigmas"], settings["sample_timesteps"])
@@ -68,8 +74,12 @@ def main():
 
     if args.dataset_name is None and not is_demo:
         raise SystemExit("There are no prompts: give --dataset_name.")
-    known = load_prompts(args.dataset_name)["prompt"][:] if args.dataset_name else DEMO_PROMPTS
+    family = family_for(load_base(), settings)
+    dataset = load_prompts(args.dataset_name) if args.dataset_name else Dataset.from_dict({"prompt": DEMO_PROMPTS})
+    dataset = check_prompts(dataset, "dataset_name", family)
+    known, columns_of = split_rows([dataset[i] for i in range(min(len(dataset), args.num_images))], family)
     prompts = [known[i % len(known)] for i in range(args.num_images)]
+    metadata = [columns_of[i % len(known)] for i in range(args.num_images)]
     judge = load_demo_judge() if is_demo else Judge()
     if args.eval_feature_model:
         judge = Judge(PretrainedFeatures(args.eval_feature_model))
@@ -77,7 +87,7 @@ def main():
     score = Scorer(rewards, frame_stride=settings.get("reward_frame_stride"))
 
     teacher_steps, scale = settings["teacher_num_steps"], settings["teacher_guidance_scale"]
-    unguided = family_of(load_base()).student_guidance_scale
+    unguided = family.student_guidance_scale
     models = {
         "teacher": (load_base, settings, teacher_steps, scale),
         f"base, {settings['sample_num_steps']} steps": (load_base, settings, settings["sample_num_steps"], unguided),
@@ -92,7 +102,7 @@ def main():
     for name, (load, found, steps, guidance) in models.items():
         pipeline = load()
         images = sample(pipeline, found, steps, guidance, prompts, args, name)
-        rewards, _ = score(images, prompts, [None] * len(prompts))
+        rewards, _ = score(images, prompts, metadata)
         named = dict(zip(score.names, rewards.nanmean(0).tolist(), strict=True))
         metrics[name] = {**judge(name, images, prompts), "rewards": named}
         # The same prompt comes again behind all others, with other noise.

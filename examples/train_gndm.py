@@ -52,8 +52,9 @@ class ScriptArguments:
         load_in_4bit (`bool`, *optional*, defaults to `False`):
             Hold the frozen denoiser in 4 bits (bitsandbytes, NF4); needs a GPU.
         dataset_name (`str`, *optional*):
-            Hub id of a data set with a `prompt` column, or a file: txt (a prompt a line), json, jsonl, csv, tsv,
-            parquet. The embedded pipeline brings its own.
+            Hub id of a data set with a `prompt` column, and an `image` column for a pipeline that edits images; or a
+            file: txt (a prompt a line), json, jsonl, csv, tsv, parquet; or a folder of images. The embedded pipeline
+            brings its own.
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
             Column of the prompts, where it has another name.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):

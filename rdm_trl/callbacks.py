@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .frames import thumbnails
 from .guardrails import drift_warnings
 from .noise import noise_apart
+from .prompts import prompts_across
 from .saving.hub import write_metrics
 from .saving.pictures import comparison_grid, save_animation, save_grid
 from .saving.report import REPORT_NEEDS, is_report_available, write_report
@@ -102,10 +103,8 @@ class SampleGridCallback(TrainerCallback):
             self.save(args, state)
 
     def save(self, args, state):
-        available = list(dict.fromkeys(self.trainer.eval_dataset["prompt"]))
-        count = min(args.num_log_images, len(available))
-        prompts = [available[i * len(available) // count] for i in range(count)]
         family, columns, clips = self.trainer.family, {**self.constant_columns}, {**self.constant_clips}
+        prompts = prompts_across(self.trainer.eval_dataset, family, args.num_log_images)
         few = f"{args.sample_num_steps} step{'s' * (args.sample_num_steps > 1)}"
         for who, title in (
             ("teacher", f"teacher, {args.teacher_num_steps} steps, guidance {args.teacher_guidance_scale:g}"),
@@ -127,6 +126,13 @@ class SampleGridCallback(TrainerCallback):
             return
         folder = Path(args.output_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
+        if family.takes_image:
+            (first, *others), *_ = next(iter(columns.values()))
+            inputs = [[prompt.image.resize(first.size)] * (1 + len(others)) for prompt in prompts]
+            columns = {"input": inputs, **columns}
+            # The report tells rows by their words, which may be those of several images.
+            words = [*map(str, prompts)]
+            prompts = [w if words.count(w) == 1 else f"{w} ({words[:i].count(w) + 1})" for i, w in enumerate(words)]
         picture = comparison_grid(columns, prompts)
         save_grid(picture, folder / f"step-{state.global_step:06d}.png")
         save_grid(picture, folder / "grid.png")

@@ -36,7 +36,7 @@ def scores_of(trainer, images: torch.Tensor, prompts: list[str], metadata: list[
     Raises:
         ValueError: it does not return one row an image and one column a reward function, or what is not finite.
     """
-    (rewards,), (details,) = trainer.compute_rewards([[images, prompts, metadata]])
+    (rewards,), (details,) = trainer.compute_rewards([[images, [*map(str, prompts)], metadata]])
     rewards = torch.as_tensor(rewards, dtype=torch.float32, device=images.device)
     rewards = rewards[:, None] if rewards.ndim == 1 else rewards
     shape = len(prompts), len(trainer.rewards.functions)
@@ -63,7 +63,7 @@ def generate_samples(trainer, iterations: int, batch_size: int) -> tuple[list[di
     samples, pairs = [], []
     for _ in range(iterations):
         rows = [trainer.train_dataset[i] for i in torch.randint(len(trainer.train_dataset), (batch_size,)).tolist()]
-        prompts, metadata = split_rows(rows)
+        prompts, metadata = split_rows(rows, trainer.family)
         condition = trainer.encode(prompts)
         last = len(trainer.student_timesteps) - 1
         exit_steps = torch.full((batch_size,), last, device=trainer.accelerator.device)

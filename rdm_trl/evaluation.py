@@ -185,9 +185,10 @@ def check_types(trainer):
     if len(set(types.values())) < 2:
         return
     rest = args.sample_num_steps, family.student_guidance_scale, "", torch.Generator().manual_seed(args.seed)
+    prompts, _ = split_rows([trainer.train_dataset[0]], family)
     try:
         with trainer.model.use("ema"), trainer.accelerator.autocast():
-            family.sample(trainer.student_scheduler, trainer.train_dataset["prompt"][:1], *rest)
+            family.sample(trainer.student_scheduler, prompts, *rest)
     except RuntimeError as error:
         found = ", ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in types.items())
         raise ValueError(
@@ -200,10 +201,9 @@ def drawn_rows(trainer, dataset: Dataset) -> tuple[list[str], list]:
     """Prompts and metadata of the images of an evaluation, in turn, `num_generations` of each."""
     args = trainer.args
     number = -(-args.num_eval_images // args.num_generations)
-    # Not all of them: a column of images is decoded row by row.
-    prompts, metadata = split_rows(list(dataset.select(range(min(number, len(dataset))))))
-    chosen = [i % len(prompts) for i in range(number)]
-    chosen = [i for i in chosen for _ in range(args.num_generations)]
+    # Those rows alone: an image may come with each.
+    prompts, metadata = split_rows(list(dataset.select(range(min(number, len(dataset))))), trainer.family)
+    chosen = [i % len(prompts) for i in range(number) for _ in range(args.num_generations)]
     return [prompts[i] for i in chosen], [metadata[i] for i in chosen]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from transformers.utils import logging
 
 from .method import target
 from .models.roles import TEACHER
-from .prompts import fingerprint, write_tensors
+from .prompts import PicturePrompt, fingerprint, prompt_key, split_rows, write_tensors
 from .saving import checkpoint
 
 
@@ -31,11 +32,18 @@ SEED = 0
 LEVELS = 8
 
 
-def image_prompts(prompts: list[str], number: int) -> list[str]:
-    """The prompts of `number` images: each prompt once in a shuffled order, and again from the first."""
-    distinct = sorted(set(prompts))
+def image_prompts(dataset: Dataset, family, number: int) -> list[str]:
+    """
+    The prompts of `number` images: each prompt once in a shuffled order, and again from the first. Of a pipeline that
+    edits images each row is a prompt of its own, and those rows alone are read.
+    """
+    distinct = range(len(dataset)) if family.takes_image else sorted(set(dataset["prompt"]))
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(SEED)).tolist()
-    return [distinct[order[i % len(order)]] for i in range(number)]
+    chosen = [distinct[order[i % len(order)]] for i in range(number)]
+    if not family.takes_image:
+        return chosen
+    prompts = {row: split_rows([dataset[row]], family)[0][0] for row in dict.fromkeys(chosen)}
+    return [prompts[row] for row in chosen]
 
 
 def cache_of(args) -> Path:
@@ -44,8 +52,8 @@ def cache_of(args) -> Path:
 
 def weights_of(trainer) -> str:
     """Of all weights that draw the teacher's images."""
-    encoders = (p for module in trainer.family.encoders() for p in module.parameters())
-    return fingerprint([*trainer.model.frozen_parameters(), *encoders])
+    conditions = (p for module in trainer.family.condition_modules() for p in module.parameters())
+    return fingerprint([*trainer.model.frozen_parameters(), *conditions])
 
 
 def describe(trainer, num_steps: int, guidance_scale: float) -> dict[str, Any]:
@@ -73,7 +81,7 @@ def batches_of(
     settings, folder = describe(trainer, num_steps, guidance_scale), cache_of(trainer.args) / "evaluated"
     chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     keys = (
-        digest(description({**settings, "prompts": chunk, "seed": seed + i, "device": device}))
+        digest(description({**settings, "prompts": [*map(prompt_key, chunk)], "seed": seed + i, "device": device}))
         for i, chunk in enumerate(chunks)
     )
     return [(chunk, folder / f"{key}.safetensors") for chunk, key in zip(chunks, keys, strict=True)]
@@ -129,17 +137,18 @@ class GuidedImages:
     def __init__(self, trainer):
         self.trainer = trainer
         args = trainer.args
-        prompts = trainer.train_dataset["prompt"]
-        self.prompts = image_prompts(prompts, args.num_teacher_images)
+        self.prompts = image_prompts(trainer.train_dataset, trainer.family, args.num_teacher_images)
+        # Which of the rows with images are drawn, the files' names say: the others were not read.
+        self.suffixes = [f"-{digest(prompt_key(p))}" if isinstance(p, PicturePrompt) else "" for p in self.prompts]
         settings = describe(trainer, args.teacher_num_steps, args.teacher_guidance_scale)
-        self.description = description({**settings, "prompts": sorted(set(prompts))})
+        self.description = description({**settings, "prompts": sorted(set(trainer.train_dataset["prompt"]))})
         self.key = broadcast_object_list([digest(self.description)])[0]
         self.folder = cache_of(args) / self.key
 
     def __call__(self) -> tuple[torch.Tensor, int]:
         """Latents (N, ...) of all images, in the computer's memory, and how many were drawn now."""
         trainer, args = self.trainer, self.trainer.args
-        files = [self.folder / f"{i:06d}.safetensors" for i in range(len(self.prompts))]
+        files = [self.folder / f"{i:06d}{suffix}.safetensors" for i, suffix in enumerate(self.suffixes)]
         images, main = {}, trainer.accelerator.is_main_process
         if main:  # one process reads and writes: another machine may not see this folder
             make_folder(self.folder)
@@ -184,7 +193,8 @@ class GuidedImages:
 def key_of_target(images: GuidedImages) -> str:
     """The name of all that the target depends on; no two runs of one name fit another target."""
     draws = [images.trainer.args.num_teacher_images, LEVELS, target.KNOTS, target.RIDGE]
-    return f"{images.key}-{digest(description({'draws': draws}))}"
+    rows = {"rows": images.suffixes} if any(images.suffixes) else {}
+    return f"{images.key}-{digest(description({'draws': draws, **rows}))}"
 
 
 def absorb_for(trainer, resumed_from: str | None):

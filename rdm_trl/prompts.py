@@ -1,5 +1,5 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""Where prompts come from, DDPO's prompt function or the rows of a data set, and their embeddings."""
+"""Where prompts and their images come from, DDPO's prompt function or a data set's rows, and their embeddings."""
 
 import hashlib
 import os
@@ -13,17 +13,57 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Image, Value, load_dataset
+from PIL.Image import Image as Picture
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ._trl import RepeatSampler
 
 
-# Encoded prompts kept in memory, the oldest dropped first: with SD 1.5's 77 x 768 floats, half a gigabyte.
+# Encoded prompts kept in memory, the oldest dropped first: with SD 1.5's 77 x 768 floats, half a gigabyte. Those of
+# Qwen-Image-Edit, with an image in each, are fewer.
 PROMPT_CACHE_SIZE = 2048
+PROMPT_CACHE_BYTES = 8 * 2**30
 # Formats of a data set whose rows are no dictionaries.
 TABLES = ("pandas", "arrow", "polars")
+
+
+class PicturePrompt(str):
+    """
+    A prompt of a pipeline that edits images: its words, with the image that they are about. Two are equal where words
+    and pixels are.
+
+    Args:
+        words (`str`): the prompt.
+        image (`PIL.Image.Image`): kept in RGB.
+
+    Attributes:
+        fingerprint (`str`): of the pixels.
+    """
+
+    def __new__(cls, words: str, image: Picture):
+        prompt = super().__new__(cls, words)
+        prompt.image = image.convert("RGB")
+        prompt.fingerprint = hashlib.sha256(f"{image.size}".encode() + prompt.image.tobytes()).hexdigest()[:32]
+        return prompt
+
+    def __eq__(self, other):
+        return isinstance(other, PicturePrompt) and prompt_key(self) == prompt_key(other)
+
+    def __ne__(self, other):  # text has one of its own
+        return not self == other
+
+    def __hash__(self):
+        return hash(prompt_key(self))
+
+    def __reduce__(self):
+        return PicturePrompt, (str(self), self.image)
+
+
+def prompt_key(prompt: str) -> str:
+    """What stands for a prompt in keys and names of files: its words, and the fingerprint of its image."""
+    return f"{prompt}\n{prompt.fingerprint}" if isinstance(prompt, PicturePrompt) else prompt
 
 
 class PromptSampler(RepeatSampler):
@@ -75,30 +115,33 @@ class PromptCache:
         self.conditions = OrderedDict()
 
     def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        encoded = {prompt: self._remembered(prompt) for prompt in dict.fromkeys(prompts)}
-        missing = [prompt for prompt, condition in encoded.items() if condition is None]
+        keys = [prompt_key(prompt) for prompt in prompts]
+        distinct = dict(zip(keys, prompts, strict=True))
+        encoded = {key: self._remembered(key) for key in distinct}
+        missing = [key for key, condition in encoded.items() if condition is None]
         for start in range(0, len(missing), self.batch_size):
             chunk = missing[start : start + self.batch_size]
-            condition = self.encode(chunk)
-            for i, prompt in enumerate(chunk):
-                encoded[prompt] = {key: value[i].cpu() for key, value in condition.items()}
+            condition = self.encode([distinct[key] for key in chunk])
+            for i, key in enumerate(chunk):
+                encoded[key] = {name: value[i].cpu() for name, value in condition.items()}
                 if self.folder is not None:
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    write_tensors(self._file(prompt), encoded[prompt])
+                    write_tensors(self._file(key), encoded[key])
         self.conditions.update(encoded)
-        while len(self.conditions) > PROMPT_CACHE_SIZE:
+        each = sum(value.nbytes for value in encoded[keys[0]].values())  # one is as large as another
+        while len(self.conditions) > min(PROMPT_CACHE_SIZE, PROMPT_CACHE_BYTES // max(each, 1)):
             self.conditions.popitem(last=False)
         device = next(self.denoiser.parameters()).device
-        return {key: torch.stack([encoded[p][key] for p in prompts]).to(device) for key in encoded[prompts[0]]}
+        return {name: torch.stack([encoded[k][name] for k in keys]).to(device) for name in encoded[keys[0]]}
 
-    def _remembered(self, prompt: str) -> dict[str, torch.Tensor] | None:
-        if prompt in self.conditions or self.folder is None:
-            return self.conditions.get(prompt)
-        file = self._file(prompt)
+    def _remembered(self, key: str) -> dict[str, torch.Tensor] | None:
+        if key in self.conditions or self.folder is None:
+            return self.conditions.get(key)
+        file = self._file(key)
         return load_file(file) if file.exists() else None
 
-    def _file(self, prompt: str) -> Path:
-        digest = hashlib.sha256(f"{self.name}\n{prompt}".encode()).hexdigest()
+    def _file(self, key: str) -> Path:
+        digest = hashlib.sha256(f"{self.name}\n{key}".encode()).hexdigest()
         return self.folder / f"{digest[:32]}.safetensors"
 
 
@@ -122,11 +165,15 @@ def prompt_caches(family, config, base_model: str) -> tuple[PromptCache, PromptC
     """Of prompts and of negative prompts, for a family of pipelines and a run's config."""
     name = f"{base_model} {family.height}x{family.width} {family.dtype} {family.prompt_limit}"
     if config.prompt_cache_dir is not None:  # a path or no name may stand for other encoders tomorrow
-        name += f" {fingerprint(p for module in family.encoders() for p in module.parameters())}"
+        name += f" {fingerprint(p for module in family.condition_modules() for p in module.parameters())}"
+    # Where an encoder sees the image, the other half of guidance is each prompt's own.
+    guided = config.sample_guidance_scale > 1 or config.num_teacher_images > 0
+    against = config.negative_prompts if guided and family.takes_image else None
 
     def encode(prompts):
         with family.encoders_at_hand():
-            return family.encode_prompts(prompts)
+            own = {} if against is None else family.encode_own_negatives(prompts, against)
+            return {**family.encode_prompts(prompts), **own}
 
     def encode_negative(prompts):
         with family.encoders_at_hand():
@@ -134,7 +181,7 @@ def prompt_caches(family, config, base_model: str) -> tuple[PromptCache, PromptC
 
     rest = family.denoiser, config.per_device_eval_batch_size, config.prompt_cache_dir
     return (
-        PromptCache(encode, *rest, name),
+        PromptCache(encode, *rest, name if against is None else f"{name} against {against!r}"),
         PromptCache(encode_negative, *rest, f"{name} negative"),
     )
 
@@ -144,7 +191,7 @@ def load_prompts(name: str, split: str = "train", column: str = "prompt") -> Dat
     Args:
         name (`str`):
             Hub id of a data set, or a file: `.txt`, a prompt a line, `.json`, `.jsonl`, `.csv` (with commas,
-            semicolons or tabs), `.tsv`, `.parquet`.
+            semicolons or tabs), `.tsv`, `.parquet`; or a folder of images with their prompts in a `metadata.csv`.
         split (`str`): of a data set on the Hub.
         column (`str`): the prompts' column, which is named `prompt` in what is returned.
 
@@ -161,8 +208,21 @@ def load_prompts(name: str, split: str = "train", column: str = "prompt") -> Dat
     return dataset.rename_column(column, "prompt")
 
 
+def is_text(feature: Any) -> bool:
+    """Whether a data set's column is one of texts, or of nothing."""
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "null")
+
+
+def beside(dataset: Dataset, folder: Path) -> Dataset:
+    """`dataset`, of a file in `folder`: paths in a column `image` that lead somewhere from there say so."""
+    if not is_text(dataset.features.get("image")):
+        return dataset
+    paths = [str(folder / path) if path and (folder / path).is_file() else path for path in dataset["image"]]
+    return dataset.remove_columns("image").add_column("image", paths)
+
+
 def load_file_of_prompts(name: str) -> Dataset:
-    """As `load_prompts`, of a file."""
+    """As `load_prompts`, of a file. Paths in a column `image` may be relative to it."""
     kind = Path(name).suffix[1:].lower()
     if kind == "txt":
         lines = [line.strip() for line in Path(name).read_text(encoding="utf-8-sig").splitlines()]
@@ -172,18 +232,21 @@ def load_file_of_prompts(name: str) -> Dataset:
             header = file.readline()
         # By the names of the columns alone: prompts have commas and semicolons of their own.
         separator = "\t" if kind == "tsv" else max(",;\t", key=header.count)
-        return load_dataset("csv", data_files=name, split="train", sep=separator, encoding="utf-8-sig")
+        dataset = load_dataset("csv", data_files=name, split="train", sep=separator, encoding="utf-8-sig")
+        return beside(dataset, Path(name).parent)
     if kind not in ("json", "jsonl", "parquet"):
         raise ValueError(f"{name} is no file of prompts: .txt, .json, .jsonl, .csv, .tsv or .parquet.")
-    return load_dataset("json" if kind == "jsonl" else kind, data_files=name, split="train")
+    dataset = load_dataset("json" if kind == "jsonl" else kind, data_files=name, split="train")
+    return beside(dataset, Path(name).parent)
 
 
-def draw_prompts(prompt_function: Callable, number: int, seed: int) -> Dataset:
+def draw_prompts(prompt_function: Callable, number: int, seed: int, with_images: bool = False) -> Dataset:
     """
-    Calls DDPO's `prompt_function` `number` times, the same on all processes, leaving Python's generators alone.
+    Calls DDPO's `prompt_function` `number` times, the same on all processes, leaving Python's generators alone. With
+    images, which the metadata have as `image`, these are a column of their own.
 
     Raises:
-        ValueError: it returns no `(prompt, metadata)`, or metadata of another form each time.
+        ValueError: it returns no `(prompt, metadata)`, metadata of another form each time, or no image.
     """
     if not callable(prompt_function):
         raise ValueError(
@@ -198,8 +261,19 @@ def draw_prompts(prompt_function: Callable, number: int, seed: int) -> Dataset:
     for row in rows:
         if not isinstance(row, tuple | list) or len(row) != 2 or not isinstance(row[0], str):
             raise ValueError(f"`prompt_function` returned {row!r}, but must return a text and its metadata.")
+    rows = [{"prompt": prompt, "metadata": metadata} for prompt, metadata in rows]
+    if with_images:
+        for row in rows:
+            if not isinstance(row["metadata"], dict) or row["metadata"].get("image") is None:
+                raise ValueError(
+                    f"`prompt_function` returned no image for {row['prompt']!r}, but this pipeline edits one: return "
+                    '`(prompt, {"image": image})`, a PIL image or a path.'
+                )
+            image = row["metadata"]["image"]
+            row["image"] = str(image) if isinstance(image, os.PathLike) else image
+            row["metadata"] = {key: value for key, value in row["metadata"].items() if key != "image"}
     try:
-        return Dataset.from_list([{"prompt": prompt, "metadata": metadata} for prompt, metadata in rows])
+        return Dataset.from_list(rows)
     except (pa.ArrowException, TypeError, OverflowError) as error:
         raise ValueError(
             "The metadata of `prompt_function` must be plain values (numbers, text, lists, dictionaries) of one form "
@@ -208,19 +282,28 @@ def draw_prompts(prompt_function: Callable, number: int, seed: int) -> Dataset:
 
 
 def training_prompts(
-    prompt_function: Callable | None, dataset: Dataset | None, per_step: int, in_all: int, seed: int
+    prompt_function: Callable | None, dataset: Dataset | None, per_step: int, in_all: int, seed: int, family=None
 ) -> Dataset:
     """The run's prompts, at least one step's worth. Raises `ValueError` for two sources, and as `check_prompts`."""
+    with_images = family is not None and family.takes_image
     if prompt_function is not None:
         if dataset is not None:
             raise ValueError("Give prompts by `prompt_function` or by `train_dataset`, not both.")
-        dataset = draw_prompts(prompt_function, in_all, seed)
-    dataset = check_prompts(dataset, "train_dataset")
+        dataset = draw_prompts(prompt_function, in_all, seed, with_images)
+    dataset = check_prompts(dataset, "train_dataset", family)
     return dataset.repeat(-(-per_step // len(dataset))) if len(dataset) < per_step else dataset
 
 
-def check_prompts(dataset: Dataset | None, name: str) -> Dataset:
-    """`dataset`, if it has prompts. Raises `ValueError` if it is missing, no `Dataset`, empty, or not of text."""
+def evaluation_prompts(dataset: Dataset | None, default: Dataset, family) -> Dataset:
+    """The prompts of an evaluation: `default` where there are none of its own. Raises as `check_prompts`."""
+    return default if dataset is None else check_prompts(dataset, "eval_dataset", family)
+
+
+def check_prompts(dataset: Dataset | None, name: str, family=None) -> Dataset:
+    """
+    `dataset`, if it has prompts, and images where the pipeline of `family` edits them. Raises `ValueError` if it is
+    missing, no `Dataset`, empty, or not of text, or as `check_images`.
+    """
     if dataset is None:
         raise ValueError(
             "There are no prompts: give `train_dataset` with a `prompt` column, or `prompt_function`. Only the "
@@ -242,7 +325,38 @@ def check_prompts(dataset: Dataset | None, name: str) -> Dataset:
     if dataset.format["type"] in TABLES:
         dataset = dataset.with_format(None)
     check_captions(dataset["prompt"], name)
-    return dataset
+    return check_images(dataset, name, family) if family is not None and family.takes_image else dataset
+
+
+def check_images(dataset: Dataset, name: str, family) -> Dataset:
+    """
+    `dataset`, with its column `image`, of images or their paths, read as images.
+
+    Raises:
+        ValueError: there is no such column, one of another kind, a row without an image, or a path that leads nowhere.
+    """
+    pipeline = type(family.pipeline).__name__
+    if "image" not in dataset.column_names:
+        raise ValueError(
+            f"{pipeline} edits images, and `{name}` has none: it needs a column `image` beside `prompt`, of images or "
+            f"of their paths; it has {', '.join(dataset.column_names)}."
+        )
+    kind, missing = dataset.features["image"], []
+    if isinstance(kind, Image):
+        if dataset.data.column("image").null_count:
+            images = dataset.cast_column("image", Image(decode=False))["image"]
+            missing = [i for i, image in enumerate(images) if image is None]
+    elif is_text(kind):
+        missing = [i for i, path in enumerate(dataset["image"]) if path is None or not Path(path).is_file()]
+    else:
+        raise ValueError(f"`image` of `{name}` must be images or their paths, but is a {type(kind).__name__}.")
+    if missing:
+        path = dataset[missing[0]]["image"]
+        what = "is missing" if path is None else f"is {path!r}, and there is no such file"
+        raise ValueError(
+            f"`image` of row {missing[0]} of `{name}` {what}: {pipeline} edits images, and every prompt needs one."
+        )
+    return dataset.cast_column("image", Image())
 
 
 def check_captions(captions: Iterable[Any], name: str):
@@ -252,8 +366,33 @@ def check_captions(captions: Iterable[Any], name: str):
             raise ValueError(f"`prompt` of row {i} of `{name}` is {prompt!r}, but must be text.")
 
 
-def split_rows(rows: list[dict[str, Any]]) -> tuple[list[str], list[Any]]:
-    """Prompts and metadata of data set rows: DDPO's `metadata` column, or all columns but the prompt."""
+def split_rows(rows: list[dict[str, Any]], family) -> tuple[list[str], list[Any]]:
+    """
+    Prompts and metadata of data set rows: DDPO's `metadata` column, or all columns but the prompt. Where the pipeline
+    of `family` edits images, both have the image as the pipeline is given it.
+    """
     prompts = [row["prompt"] for row in rows]
     metadata = [row.get("metadata", {key: value for key, value in row.items() if key != "prompt"}) for row in rows]
+    if family.takes_image:
+        images = [family.fit(row["image"]) for row in rows]
+        prompts = [PicturePrompt(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
+        metadata = [
+            {**of_row, "image": image} if isinstance(of_row, dict) else of_row
+            for of_row, image in zip(metadata, images, strict=True)
+        ]
     return prompts, metadata
+
+
+def prompts_across(dataset: Dataset, family, count: int) -> list[str]:
+    """`count` different prompts from all over `dataset`, or all where there are fewer."""
+    rows = range(len(dataset))
+    if not family.takes_image:
+        first = {}
+        for row, prompt in enumerate(dataset["prompt"]):
+            first.setdefault(prompt, row)
+        rows = list(first.values())
+    count, found = min(count, len(rows)), {}
+    for i in (*(i * len(rows) // count for i in range(count)), *range(len(rows))):  # a small set comes repeated
+        if len(found) < count:
+            found[split_rows([dataset[rows[i]]], family)[0][0]] = None
+    return list(found)

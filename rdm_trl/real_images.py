@@ -52,9 +52,14 @@ def to_pixels(image, height: int, width: int) -> np.ndarray:
 
 
 def check_draws_images(family: PipelineFamily):
-    """Raises `ValueError` for a pipeline of videos."""
+    """Raises `ValueError` for a pipeline of videos, or one that edits images."""
+    name = type(family.pipeline).__name__
+    if family.takes_image:
+        raise ValueError(
+            f"`adversarial_weight` and `image_dataset` are for prompts alone, and {name} edits images: real ones are "
+            "no edits of theirs, and would be told from the student's by that."
+        )
     if family.num_frames is not None:
-        name = type(family.pipeline).__name__
         raise ValueError(f"`adversarial_weight` and `image_dataset` are for images, and {name} draws videos.")
 
 
@@ -72,7 +77,7 @@ class RealImages:
         captions (`list[str]`, *optional*): the column `prompt`, where there is one.
 
     Raises:
-        ValueError: as [`load_images`], or the pipeline draws videos.
+        ValueError: as [`load_images`], or the pipeline draws videos or edits images.
         OSError: the cache cannot be written.
     """
 

@@ -32,7 +32,7 @@ from .models.lora import make_roles
 from .models.pipelines import base_of, family_of, load_pipeline
 from .noise import noise_apart
 from .optimizers import check_optimizers, create_optimizers
-from .prompts import PromptSampler, check_prompts, prompt_caches, split_rows, training_prompts
+from .prompts import PromptSampler, evaluation_prompts, prompt_caches, split_rows, training_prompts
 from .rewards import RewardFunction, resolve_reward
 from .rewards.panel import RewardPanel, distribution_matching_push
 from .saving import checkpoint
@@ -68,7 +68,7 @@ class RdmDistillTrainer(Trainer):
         image_samples_hook (callable, *optional*): `(prompt_image_data, global_step, tracker)`, called at each logging
             step with a list of `[images, prompts, metadata, rewards, reward_metadata]`.
         train_dataset (`Dataset`, *optional*):
-            With a `prompt` column; other columns are handed to the rewards. For the embedded pipeline its captions.
+            With a `prompt` column, and an `image` column for pipelines that edit images; the rewards get all others.
         eval_dataset (`Dataset`, *optional*): prompts of `evaluate`; those of training by default.
         peft_config (`LoraConfig`, *optional*):
             Of student and fake score; rank 32 by default. `False` trains whole copies of the denoiser.
@@ -128,8 +128,8 @@ class RdmDistillTrainer(Trainer):
         if train_dataset is None and prompt_function is None and self.is_demo:
             train_dataset = Dataset.from_dict({"prompt": DEMO_PROMPTS})
         number = config.prompts_per_generation, config.prompts_in_all
-        train_dataset = training_prompts(prompt_function, train_dataset, *number, config.seed)
-        eval_dataset = check_prompts(eval_dataset, "eval_dataset") if eval_dataset is not None else train_dataset
+        train_dataset = training_prompts(prompt_function, train_dataset, *number, config.seed, self.family)
+        eval_dataset = evaluation_prompts(eval_dataset, train_dataset, self.family)
 
         # Model: one frozen denoiser and its adapters, equal on all processes
         set_seed(config.seed)
@@ -289,7 +289,7 @@ class RdmDistillTrainer(Trainer):
     def _collect(self, rows: list[dict[str, Any]]) -> tuple[Experience, torch.Tensor]:
         """A rollout of the student, judged by the rewards and the teacher; and the student's prediction in it."""
         args, device = self.args, self.accelerator.device
-        prompts, metadata = split_rows(rows)
+        prompts, metadata = split_rows(rows, self.family)
         num_groups = len(prompts) // args.num_generations
         condition = self.encode(prompts)
         logs_now = self.state.logging_steps and self.state.global_step % self.state.logging_steps == 0
@@ -492,7 +492,7 @@ class RdmDistillTrainer(Trainer):
             prompts: the literature's FID-SD), `class_accuracy` (embedded pipeline), `diversity` and each reward's
             mean.
         """
-        dataset = check_prompts(eval_dataset, "eval_dataset") if eval_dataset is not None else self.eval_dataset
+        dataset = evaluation_prompts(eval_dataset, self.eval_dataset, self.family)
         if self.is_world_process_zero() or self.model.sharded:
             evaluation.measure(self, dataset)
         if self.is_world_process_zero():

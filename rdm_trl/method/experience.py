@@ -36,6 +36,9 @@ class Experience:
     teacher: torch.Tensor
     pushes: list[torch.Tensor] | None
 
+    def __post_init__(self):
+        self.prompts = [str(prompt) for prompt in self.prompts]  # without their images: a checkpoint keeps them
+
     def weight(
         self, x0: torch.Tensor, process: NoiseProcess, level: str, epsilon: float, epsilon_high: float | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

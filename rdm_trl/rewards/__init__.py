@@ -112,7 +112,8 @@ def ask(
     number = frames_seen(reward_function, images, frame_stride)
     if not wants_clips(reward_function):
         images = as_frames(images, frame_stride)
-    prompts, metadata = ([row for row in rows for _ in range(number)] for rows in (prompts, metadata))
+    words = [str(prompt) for prompt in prompts]  # an image that comes with it is in the metadata
+    prompts, metadata = ([row for row in rows for _ in range(number)] for rows in (words, metadata))
     # A module's own signature is that of `nn.Module`, which takes anything.
     function = reward_function.forward if isinstance(reward_function, nn.Module) else reward_function
     parameters = inspect.signature(function).parameters.values()

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from ..config import RdmDistillConfig
 from ..evaluation import peak_memory_mb
 from ..models.pipelines.loading import Base, is_single_file
+from ..prompts import split_rows
 from .pictures import card_picture, format_seconds, read_grid, student_seconds
 
 
@@ -228,6 +229,7 @@ def write_card(
     on_hub = base is not None and not Path(base).exists()  # the Hub accepts no path
     loading = Base(base or "path/of/the/base", trainer.variant, trainer.single_file_config)
     loader, base_code = ("from_pretrained", "DEMO_PIPELINE") if trainer.is_demo else loading.code(family.absent_code())
+    (prompt,), _ = split_rows([trainer.train_dataset[0]], family)
     base_name = "rdm_trl's embedded Fashion-MNIST pipeline" if trainer.is_demo else base or "a pipeline of its own"
     card = ModelCard.from_template(
         ModelCardData(
@@ -253,7 +255,7 @@ def write_card(
         lora_import=lora_import,
         load_lora=load_lora,
         show_import=family.show_import,
-        show=family.show_code(family.call_code(trainer.train_dataset[0]["prompt"], settings["sample_num_steps"])),
+        show=family.show_code(family.call_code(prompt, settings["sample_num_steps"])),
         drawn=drawn,
         num_steps=settings["sample_num_steps"],
         note=family.card_note,

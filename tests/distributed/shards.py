@@ -14,14 +14,17 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import make_config, make_tiny_pipeline, redness  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from tiny_pipelines import make_flux, make_sd3  # noqa: E402
+from tiny_editing import make_kontext, picture  # noqa: E402
+from tiny_pipelines import make_sd3  # noqa: E402
 from torch import nn  # noqa: E402
 
 from rdm_trl import RdmDistillTrainer, evaluation, plan  # noqa: E402
 from rdm_trl.models.pipelines import family_of  # noqa: E402
 
 
-PIPELINES = {"unet": make_tiny_pipeline, "sd3": make_sd3, "flux": make_flux}
+PIPELINES = {"unet": make_tiny_pipeline, "sd3": make_sd3, "kontext": make_kontext}
+# One of them edits images; for the others these are a column for rewards.
+ROWS = {"prompt": ["a photo", "a bag", "a coat"], "image": [picture(0), picture(1), picture(2)]}
 
 
 class Pixels(nn.Module):
@@ -58,7 +61,7 @@ def make(way: str, name: str, folder: Path, rewards=(redness,), **options) -> Rd
         config,
         list(rewards),
         sd_pipeline=pipeline,
-        train_dataset=Dataset.from_dict({"prompt": ["a photo", "a bag", "a coat"]}),
+        train_dataset=Dataset.from_dict(ROWS),
         peft_config=LoraConfig(r=2, init_lora_weights="gaussian"),
     )
     trainer.judge = evaluation.Judge(Pixels())
@@ -119,8 +122,8 @@ def planned_bytes(name: str) -> int:
 
 def cross(way: str, folder: Path):
     """From the other way's checkpoint."""
-    other = folder.with_name("ddp" if way == "shards" else "shards") / "flux"
-    trainer = make(way, "flux", folder / "crossed", save_strategy="no")
+    other = folder.with_name("ddp" if way == "shards" else "shards") / "kontext"
+    trainer = make(way, "kontext", folder / "crossed", save_strategy="no")
     trainer.train(resume_from_checkpoint=str(other / "run" / "checkpoint-3"))
     save(trainer, folder, "crossed")
 

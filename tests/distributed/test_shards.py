@@ -59,10 +59,10 @@ def test_shards_are_ddp_with_half_of_the_base(tmp_path):
     # An error on one process ends all.
     assert result.returncode != 0 and "out of ink" in result.stderr
     assert end - (tmp_path / "begun").stat().st_mtime < 60
-    for name in ("unet", "sd3", "flux"):
+    for name in ("unet", "sd3", "kontext"):
         check_pipeline(tmp_path, name)
     # A checkpoint of one way goes on in the other.
-    whole = load_file(tmp_path / "ddp" / "flux-0.safetensors")
+    whole = load_file(tmp_path / "ddp" / "kontext-0.safetensors")
     for way in WAYS:
         for rank in range(2):
             assert differ(load_file(tmp_path / way / f"crossed-{rank}.safetensors"), whole) < 1e-6

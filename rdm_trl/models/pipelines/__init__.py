@@ -5,13 +5,13 @@ from diffusers import DiffusionPipeline
 
 from .base import PipelineFamily
 from .class_conditional import DDIMFamily, DiTFamily, UnconditionalFamily
-from .flux import FluxFamily
+from .flux import FluxFamily, FluxKontextFamily
 from .flux2 import Flux2KleinFamily
 from .loading import Base, base_in, base_of, load_pipeline, read_pipeline  # noqa: F401
 from .ltx import LTXFamily
 from .lumina import Lumina2Family
 from .pixart import PixArtSigmaFamily
-from .qwen_image import QwenImageFamily
+from .qwen_image import QwenImageEditFamily, QwenImageEditPlusFamily, QwenImageFamily
 from .sana import SanaFamily
 from .stable_diffusion import StableDiffusionFamily, StableDiffusionXLFamily
 from .stable_diffusion_3 import StableDiffusion3Family
@@ -24,11 +24,14 @@ FAMILIES = (
     StableDiffusionXLFamily,
     StableDiffusion3Family,
     FluxFamily,
+    FluxKontextFamily,
     PixArtSigmaFamily,
     SanaFamily,
     Lumina2Family,
     ZImageFamily,
     QwenImageFamily,
+    QwenImageEditFamily,
+    QwenImageEditPlusFamily,
     Flux2KleinFamily,
     WanFamily,
     LTXFamily,
@@ -59,6 +62,11 @@ def family_of(
             found.set_num_frames(num_frames)
             found.limit_prompts(max_sequence_length)
             return found
+    if "controlnet" in pipeline.components:
+        raise ValueError(
+            f"{type(pipeline).__name__} is not supported: no prompt gives a ControlNet its image. Distil the pipeline "
+            "of the same base without one; what loads a LoRA beside a ControlNet can load the student's."
+        )
     supported = ", ".join(family.pipeline_class.__name__ for family in FAMILIES)
     raise ValueError(
         f"{type(pipeline).__name__} is not supported yet. Supported pipelines: {supported}. docs/families.md says how "

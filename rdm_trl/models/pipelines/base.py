@@ -58,9 +58,11 @@ class PipelineFamily:
     embeds_guidance = False  # whether the network takes a guidance scale as an input, and the family gives it
     takes_timesteps = False  # whether the pipeline's call has `timesteps`
     takes_sigmas = True  # whether it has `sigmas`, of the pipelines whose process is flow matching
+    takes_image = False  # whether prompts come with an image, as `PicturePrompt`s; see `EditingFamily`
     pipeline_tag = "text-to-image"
     card_class = "DiffusionPipeline"  # the class whose `from_pretrained` the model card calls
     show_import = ""  # a line of the card's code, what `show_code` needs
+    card_names: dict[str, str] = {}  # arguments of the call that the card's code has a variable for
     card_note = ""  # what the model card has to say of this family
 
     def __init__(self, pipeline: DiffusionPipeline, height: int | None = None, width: int | None = None):
@@ -136,6 +138,10 @@ class PipelineFamily:
         used = (self.denoiser_name, "vae")
         modules = {name: m for name, m in self.pipeline.components.items() if isinstance(m, torch.nn.Module)}
         return [module for name, module in modules.items() if name not in used]
+
+    def condition_modules(self) -> list[torch.nn.Module]:
+        """All models that the denoiser's conditions depend on."""
+        return self.encoders()
 
     def _move_encoders(self, device: torch.device | str):
         for module in self.encoders():
@@ -251,6 +257,10 @@ class PipelineFamily:
     def encode_negative_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """The same for the other half of guidance; an empty prompt means the pipeline's own unconditional."""
         return self.encode_prompts(prompts)
+
+    def encode_own_negatives(self, prompts: list[str], negative_prompt: str) -> dict[str, torch.Tensor]:
+        """What of the other half of guidance is each prompt's own, for `halves`: more of its condition."""
+        return {}
 
     def example_condition(self, batch_size: int) -> dict[str, torch.Tensor]:
         """Conditions for `plan`: on the meta device, where nothing may depend on a tensor's values."""
@@ -445,7 +455,8 @@ class PipelineFamily:
             arguments["prompt"] = prompt
         # A call with a grid of its own takes the number of steps from it.
         arguments |= self.student_grid or {"num_inference_steps": num_steps}
-        return f"pipe({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+        shown = {name: self.card_names.get(name, repr(value)) for name, value in arguments.items()}
+        return f"pipe({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
     def show_code(self, call: str) -> str:
         """Two lines for the model card, which keep what the pipeline's `call` draws."""

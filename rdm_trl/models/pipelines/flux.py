@@ -1,12 +1,13 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""FLUX.1 dev, whose guidance is an input of the network, and schnell, which has none."""
+"""FLUX.1 dev, whose guidance is an input of the network, schnell, which has none, and Kontext, which edits images."""
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxKontextPipeline, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from .base import ATTENTION_LAYERS, FEED_FORWARD_LAYERS, PipelineFamily, dynamic_shift, refuse_negative_prompts
+from .editing import EditingFamily
 
 
 class FluxFamily(PipelineFamily):
@@ -64,12 +65,14 @@ class FluxFamily(PipelineFamily):
         refuse_negative_prompts(self, prompts)
         return {}
 
+    def image_ids(self, device: torch.device) -> torch.Tensor:
+        """Positions (L, 3) of the tokens that the denoiser is given beside the prompt's."""
+        multiple = self.size_multiple()
+        size = self.height // multiple, self.width // multiple
+        return self.pipeline._prepare_latent_image_ids(1, *size, device, self.dtype)
+
     def denoise(self, denoiser, x_t, timesteps, condition):
-        dtype, device, multiple = self.dtype, x_t.device, self.size_multiple()
-        embeds = condition["prompt_embeds"]
-        image_ids = self.pipeline._prepare_latent_image_ids(
-            1, self.height // multiple, self.width // multiple, device, dtype
-        )
+        dtype, device, embeds = self.dtype, x_t.device, condition["prompt_embeds"]
         return denoiser(
             hidden_states=x_t.to(dtype),
             timestep=timesteps.to(dtype) / 1000,  # as the pipeline rounds it
@@ -77,7 +80,7 @@ class FluxFamily(PipelineFamily):
             pooled_projections=condition["pooled_prompt_embeds"],
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=device, dtype=dtype),
-            img_ids=image_ids,
+            img_ids=self.image_ids(device),
         )
 
     def guide(self, denoise, x_t, timesteps, condition, negative, guidance_scale):
@@ -99,3 +102,22 @@ class FluxFamily(PipelineFamily):
 
     def call_arguments(self, prompts, guidance_scale, negative_prompt=""):
         return {"prompt": prompts, "guidance_scale": guidance_scale, **self.size, **self.prompt_limit}
+
+
+class FluxKontextFamily(EditingFamily, FluxFamily):
+    """Conditions: as above, and `reference` (B, H/2 * W/2, 4 C), of an image of the run's own size."""
+
+    pipeline_class = FluxKontextPipeline
+
+    def example_condition(self, batch_size):
+        words = FluxFamily.encode_prompts(self, ["a photo"] * batch_size)
+        return {**words, "reference": self.example_reference(batch_size)}
+
+    def image_ids(self, device):
+        ids = super().image_ids(device)
+        return torch.cat([ids, ids + ids.new_tensor([1, 0, 0])])  # the same places in another image
+
+    def call_arguments(self, prompts, guidance_scale, negative_prompt=""):
+        # By itself the call would draw, and resize the image to, about a million pixels.
+        ours = {"max_area": self.height * self.width, "_auto_resize": False}
+        return {**super().call_arguments(prompts, guidance_scale, negative_prompt), **ours}
