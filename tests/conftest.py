@@ -51,8 +51,10 @@ def make_text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def make_tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
+def make_tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0, **unet_options) -> StableDiffusionPipeline:
     """A random Stable Diffusion pipeline with 4x4 latents and 8x8 images."""
+    # Half of the layers that attention everywhere would take: their number is most of a test's time.
+    unet_options = {"mid_block_type": "UNetMidBlock2D", "up_block_types": ("UpBlock2D",) * 2, **unet_options}
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(DEMO_PIPELINE, subfolder="tokenizer")
     text_encoder = CLIPTextModel(make_text_config(tokenizer))
@@ -63,11 +65,10 @@ def make_tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> Stabl
         block_out_channels=(8, 16),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        mid_block_type="UNetMidBlock2D",
-        up_block_types=("UpBlock2D", "UpBlock2D"),
         cross_attention_dim=16,
         attention_head_dim=2,
         norm_num_groups=4,
+        **unet_options,
     )
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
