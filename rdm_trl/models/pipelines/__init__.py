@@ -62,7 +62,7 @@ def family_of(
             found.set_num_frames(num_frames)
             found.limit_prompts(max_sequence_length)
             return found
-    if "controlnet" in pipeline.components:
+    if hasattr(pipeline, "controlnet"):
         raise ValueError(
             f"{type(pipeline).__name__} is not supported: no prompt gives a ControlNet its image. Distil the pipeline "
             "of the same base without one; what loads a LoRA beside a ControlNet can load the student's."
