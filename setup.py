@@ -32,14 +32,14 @@ setup(
         "rdm_trl.saving": ["*.html"],
     },
     python_requires=">=3.11",
-    # The oldest that the tests pass with, and why: tests/oldest.txt. torch 2.11 has run the main job on a GPU.
+    # The oldest that were tried, and why: tests/oldest.txt. torch 2.11 has run the main job on a GPU.
     install_requires=[
         "torch>=2.11",
         "diffusers>=0.41",
         "trl>=1.14",
         "transformers>=5.23",
         "accelerate>=1.10.1",
-        "peft>=0.20",
+        "peft>=0.21",
         "datasets>=4.7",
         "huggingface_hub>=1.32",
         "psutil",
