@@ -203,6 +203,18 @@ def save_style(folder, **options):
     return folder
 
 
+def record_steps(scheduler):
+    """What a pipeline hands to `scheduler` from now on: (output, timestep, sample) of each step."""
+    seen, step = [], scheduler.step
+
+    def recording(model_output, timestep, sample, *args, **kwargs):
+        seen.append((model_output.clone(), timestep, sample.clone()))
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    scheduler.step = recording
+    return seen
+
+
 def logs_of(trainer) -> dict:
     return {key: value for row in trainer.state.log_history for key, value in row.items()}
 

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import load_script, logs_of, make_tiny_pipeline
+from conftest import load_script, logs_of, make_tiny_pipeline, record_steps
 from datasets import Dataset, Features, Image, Value
 from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline
 from peft import LoraConfig
@@ -51,17 +51,6 @@ def test_a_prompt_is_its_words_and_its_image():
 
 
 # ---------------------------------------------------------------------------------------------- the pipelines' own way
-
-
-def record_steps(scheduler):
-    seen, step = [], scheduler.step
-
-    def recording(model_output, timestep, sample, *args, **kwargs):
-        seen.append((model_output.clone(), timestep, sample.clone()))
-        return step(model_output, timestep, sample, *args, **kwargs)
-
-    scheduler.step = recording
-    return seen
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_config
+from conftest import make_config, record_steps
 from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -127,17 +127,6 @@ def test_the_teachers_guidance_is_the_pipelines(name, scale, tmp_path):
             t = t.expand(2) if process.alphas_cumprod is None else t.long().expand(2)
             found = trainer.predict_teacher(sample, t, trainer.encode(prompts))
             torch.testing.assert_close(found, process.to_x0(output, sample, t), atol=1e-3, rtol=1e-3)
-
-
-def record_steps(scheduler):
-    seen, step = [], scheduler.step
-
-    def recording(model_output, timestep, sample, *args, **kwargs):
-        seen.append((model_output.clone(), timestep, sample.clone()))
-        return step(model_output, timestep, sample, *args, **kwargs)
-
-    scheduler.step = recording
-    return seen
 
 
 # ------------------------------------------------------------------------------------------------------ student's grid

@@ -215,17 +215,15 @@ class PipelineFamily:
     def check_scheduler(self):
         """Raises `ValueError` for a scheduler of another process than the networks of this pipeline are trained on."""
         pipeline, scheduler = type(self.pipeline).__name__, self.pipeline.scheduler
-        name, declared = (
-            type(scheduler).__name__,
-            inspect.signature(self.pipeline_class.__init__).parameters["scheduler"],
-        )
-        if declared.annotation in FLOW_SCHEDULERS and not is_flow(scheduler):
+        name = type(scheduler).__name__
+        declared = inspect.signature(self.pipeline_class.__init__).parameters["scheduler"].annotation
+        if declared in FLOW_SCHEDULERS and not is_flow(scheduler):
             raise ValueError(
                 f"{pipeline} is of flow matching, and its scheduler, {name}, is not: give it one of diffusers' "
                 "FlowMatch schedulers, or one with `use_flow_sigmas`, `flow_shift` and "
                 "`prediction_type='flow_prediction'` (UniPC, DPM-Solver)."
             )
-        if declared.annotation is KarrasDiffusionSchedulers and isinstance(scheduler, FLOW_SCHEDULERS):
+        if declared is KarrasDiffusionSchedulers and isinstance(scheduler, FLOW_SCHEDULERS):
             raise ValueError(
                 f"{pipeline} cannot be called with a {name}. Where its network was trained by flow matching, give it "
                 "UniPCMultistepScheduler with `use_flow_sigmas` and `prediction_type='flow_prediction'`."
