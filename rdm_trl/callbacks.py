@@ -20,7 +20,7 @@ from .guardrails import drift_warnings
 from .noise import noise_apart
 from .prompts import prompts_across
 from .saving.hub import write_metrics
-from .saving.pictures import comparison_grid, save_animation, save_grid
+from .saving.pictures import comparison_grid, input_picture, save_animation, save_grid
 from .saving.report import REPORT_NEEDS, is_report_available, write_report
 
 
@@ -128,7 +128,8 @@ class SampleGridCallback(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         if family.takes_image:
             (first, *others), *_ = next(iter(columns.values()))
-            inputs = [[prompt.image.resize(first.size)] * (1 + len(others)) for prompt in prompts]
+            width = first.height * family.width // family.height
+            inputs = [[input_picture(prompt.image, first, width)] * (1 + len(others)) for prompt in prompts]
             columns = {"input": inputs, **columns}
             # The report tells rows by their words, which may be those of several images.
             words = [*map(str, prompts)]

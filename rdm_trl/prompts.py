@@ -31,8 +31,8 @@ TABLES = ("pandas", "arrow", "polars")
 
 class PicturePrompt(str):
     """
-    A prompt of a pipeline that edits images: its words, with the image that they are about. Two are equal where words
-    and pixels are.
+    A prompt of a pipeline that edits images, or lets one move: its words, with the image that they are about. Two are
+    equal where words and pixels are.
 
     Args:
         words (`str`): the prompt.
@@ -163,7 +163,10 @@ def fingerprint(parameters: Iterable[torch.Tensor]) -> str:
 
 def prompt_caches(family, config, base_model: str) -> tuple[PromptCache, PromptCache]:
     """Of prompts and of negative prompts, for a family of pipelines and a run's config."""
-    name = f"{base_model} {family.height}x{family.width} {family.dtype} {family.prompt_limit}"
+    size = f"{family.height}x{family.width}"
+    if family.takes_image and family.num_frames is not None:  # the given frame is encoded with the others' places
+        size += f"x{family.num_frames}"
+    name = f"{base_model} {size} {family.dtype} {family.prompt_limit}"
     if config.prompt_cache_dir is not None:  # a path or no name may stand for other encoders tomorrow
         name += f" {fingerprint(p for module in family.condition_modules() for p in module.parameters())}"
     # Where an encoder sees the image, the other half of guidance is each prompt's own.
@@ -301,7 +304,7 @@ def evaluation_prompts(dataset: Dataset | None, default: Dataset, family) -> Dat
 
 def check_prompts(dataset: Dataset | None, name: str, family=None) -> Dataset:
     """
-    `dataset`, if it has prompts, and images where the pipeline of `family` edits them. Raises `ValueError` if it is
+    `dataset`, if it has prompts, and images where the pipeline of `family` takes them. Raises `ValueError` if it is
     missing, no `Dataset`, empty, or not of text, or as `check_images`.
     """
     if dataset is None:
@@ -338,7 +341,7 @@ def check_images(dataset: Dataset, name: str, family) -> Dataset:
     pipeline = type(family.pipeline).__name__
     if "image" not in dataset.column_names:
         raise ValueError(
-            f"{pipeline} edits images, and `{name}` has none: it needs a column `image` beside `prompt`, of images or "
+            f"{pipeline} takes images, and `{name}` has none: it needs a column `image` beside `prompt`, of images or "
             f"of their paths; it has {', '.join(dataset.column_names)}."
         )
     kind, missing = dataset.features["image"], []
@@ -354,7 +357,7 @@ def check_images(dataset: Dataset, name: str, family) -> Dataset:
         path = dataset[missing[0]]["image"]
         what = "is missing" if path is None else f"is {path!r}, and there is no such file"
         raise ValueError(
-            f"`image` of row {missing[0]} of `{name}` {what}: {pipeline} edits images, and every prompt needs one."
+            f"`image` of row {missing[0]} of `{name}` {what}: {pipeline} takes images, and every prompt needs one."
         )
     return dataset.cast_column("image", Image())
 
@@ -369,7 +372,7 @@ def check_captions(captions: Iterable[Any], name: str):
 def split_rows(rows: list[dict[str, Any]], family) -> tuple[list[str], list[Any]]:
     """
     Prompts and metadata of data set rows: DDPO's `metadata` column, or all columns but the prompt. Where the pipeline
-    of `family` edits images, both have the image as the pipeline is given it.
+    of `family` takes images, both have the image as the pipeline is given it.
     """
     prompts = [row["prompt"] for row in rows]
     metadata = [row.get("metadata", {key: value for key, value in row.items() if key != "prompt"}) for row in rows]

@@ -52,12 +52,12 @@ def to_pixels(image, height: int, width: int) -> np.ndarray:
 
 
 def check_draws_images(family: PipelineFamily):
-    """Raises `ValueError` for a pipeline of videos, or one that edits images."""
+    """Raises `ValueError` for a pipeline of videos, or one that takes images."""
     name = type(family.pipeline).__name__
     if family.takes_image:
         raise ValueError(
-            f"`adversarial_weight` and `image_dataset` are for prompts alone, and {name} edits images: real ones are "
-            "no edits of theirs, and would be told from the student's by that."
+            f"`adversarial_weight` and `image_dataset` are for prompts alone, and {name} takes images: real ones are "
+            "not made of those, and would be told from the student's by that."
         )
     if family.num_frames is not None:
         raise ValueError(f"`adversarial_weight` and `image_dataset` are for images, and {name} draws videos.")
@@ -77,7 +77,7 @@ class RealImages:
         captions (`list[str]`, *optional*): the column `prompt`, where there is one.
 
     Raises:
-        ValueError: as [`load_images`], or the pipeline draws videos or edits images.
+        ValueError: as [`load_images`], or the pipeline draws videos or takes images.
         OSError: the cache cannot be written.
     """
 

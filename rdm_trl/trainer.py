@@ -68,7 +68,7 @@ class RdmDistillTrainer(Trainer):
         image_samples_hook (callable, *optional*): `(prompt_image_data, global_step, tracker)`, called at each logging
             step with a list of `[images, prompts, metadata, rewards, reward_metadata]`.
         train_dataset (`Dataset`, *optional*):
-            With a `prompt` column, and an `image` column for pipelines that edit images; the rewards get all others.
+            With a `prompt` column, and an `image` column for pipelines that take one; the rewards get all others.
         eval_dataset (`Dataset`, *optional*): prompts of `evaluate`; those of training by default.
         peft_config (`LoraConfig`, *optional*):
             Of student and fake score; rank 32 by default. `False` trains whole copies of the denoiser.

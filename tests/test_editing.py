@@ -1,5 +1,5 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""Pipelines that edit an image by a prompt, against plain diffusers, on tiny random ones."""
+"""Pipelines that take an image with the prompt, against plain diffusers, on tiny random ones."""
 
 import json
 import pickle
@@ -11,8 +11,17 @@ from datasets import Dataset, Features, Image, Value
 from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline
 from peft import LoraConfig
 from PIL import Image as PILImage
-from tiny_editing import EDITING, PROMPTS, dataset_of, make_editing_trainer, make_kontext, picture, shrink_qwen
-from tiny_pipelines import make, rollout_of, run_card
+from tiny_editing import (
+    EDITING,
+    ONE_BY_ONE,
+    PROMPTS,
+    dataset_of,
+    make_editing_trainer,
+    make_kontext,
+    picture,
+    shrink_qwen,
+)
+from tiny_pipelines import images_of, make, rollout_of, run_card
 
 from rdm_trl import guidance, plan
 from rdm_trl.demo.page import export_space
@@ -28,6 +37,11 @@ from rdm_trl.saving.pictures import read_grid
 def small(monkeypatch):
     """Qwen-Image-Edit's call gives every image a million pixels."""
     shrink_qwen(monkeypatch)
+
+
+def case_shape(case):
+    height, width, *frames = case.size.values()
+    return *frames, height, width
 
 
 def family_for(name, pipeline=None):
@@ -61,7 +75,7 @@ def test_the_teachers_guidance_is_the_pipelines(name, scale, tmp_path):
     for negative in case.negative if scale > 1 else case.negative[:1]:
         base = make(case)
         seen, rows = record_steps(base.scheduler), [case.prompts]
-        if name == "qwen_edit_plus":  # its call takes one prompt
+        if name in ONE_BY_ONE:
             rows = [[prompt] for prompt in case.prompts]
         for prompts in rows:
             torch.manual_seed(5)
@@ -72,11 +86,15 @@ def test_the_teachers_guidance_is_the_pipelines(name, scale, tmp_path):
         for i, (output, t, sample) in enumerate(seen):
             prompts = rows[i // 2]
             t = t.expand(len(prompts))
-            found = trainer.predict_teacher(sample, t, trainer.encode(list(prompts)))
-            torch.testing.assert_close(found, process.to_x0(output.float(), sample, t), atol=2e-5, rtol=2e-5)
+            condition, expected = trainer.encode(list(prompts)), process.to_x0(output.float(), sample, t)
+            found = trainer.predict_teacher(sample, t, condition)
+            if name == "wan_ti2v":  # the first frame is given, whatever the network says of it
+                expected[:, :, :1] = condition["reference"]
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
             others = [PicturePrompt(p, picture(9)) for p in prompts]
             other = trainer.predict_teacher(sample, t, trainer.encode(others))
-            assert (other - found).abs().amax((1, 2)).min() > 2e-4  # ten times as much
+            changed = (other - found)[:, :, 1:] if name == "wan_ti2v" else other - found
+            assert changed.abs().flatten(1).amax(1).min() > 2e-4  # ten times as much
 
 
 @pytest.mark.parametrize("name", EDITING)
@@ -100,11 +118,11 @@ def test_an_editing_student(name, tmp_path, monkeypatch):
     trainer = make_editing_trainer(name, tmp_path, str(tmp_path / "base"), [likeness], dataset)
     before = {key: value.clone() for key, value in trainer.model.named_parameters()}
     trainer.train()
-    assert asked == [4, 4] and "rewards/likeness/mean" in logs_of(trainer)
+    assert asked == [4 * (trainer.family.num_frames or 1)] * 2 and "rewards/likeness/mean" in logs_of(trainer)
     changed = {key for key, value in trainer.model.named_parameters() if not torch.equal(value, before[key])}
     assert {key.split(".")[-2] for key in changed} == {"student", "fake", "ema"}
     samples, ((images, prompts, metadata),) = trainer._generate_samples(iterations=1, batch_size=2)
-    assert images.shape == (2, 3, 8, 16) and len(samples[0]["prompt_ids"]) == 2
+    assert images.shape == (2, 3, *case_shape(case)) and len(samples[0]["prompt_ids"]) == 2
     assert [row["image"].tobytes() for row in metadata] == [prompt.image.tobytes() for prompt in prompts]
 
     trainer.save_model()
@@ -117,7 +135,8 @@ def test_an_editing_student(name, tmp_path, monkeypatch):
     assert (rollout_of(trainer, case, case.prompts[0], "teacher") - theirs).abs().max() > 1e-4
     case.prompts[1].image.save(tmp_path / "picture.png")
     assert (run_card(tmp_path / "run" / "README.md") - theirs).abs().max() > 1e-4  # the image is seen
-    assert "pipeline_tag: image-to-image" in (tmp_path / "run" / "README.md").read_text()
+    kind = "video" if "wan" in name else "image"
+    assert f"pipeline_tag: image-to-{kind}" in (tmp_path / "run" / "README.md").read_text()
 
     expected = trainer.sample("student", list(case.prompts))
     fused = export(tmp_path / "run", tmp_path / "fused", "diffusers")
@@ -129,7 +148,7 @@ def test_an_editing_student(name, tmp_path, monkeypatch):
         pipeline.scheduler, seed = trainer.student_scheduler, trainer.args.seed
         pipeline.set_progress_bar_config(disable=True)
         rows, generators = [case.prompts], [torch.Generator().manual_seed(seed)]
-        if name == "qwen_edit_plus":
+        if name in ONE_BY_ONE:
             rows = [[prompt] for prompt in case.prompts]
             seeds = torch.randint(2**31, (2,), generator=generators[0]).tolist()
             generators = [torch.Generator().manual_seed(one) for one in seeds]
@@ -137,7 +156,7 @@ def test_an_editing_student(name, tmp_path, monkeypatch):
         for prompts, generator in zip(rows, generators, strict=True):
             torch.manual_seed(generator.initial_seed() + 1)
             call = case.guided(prompts, trainer.family.student_guidance_scale, "")
-            found.append(pipeline(**call, num_inference_steps=3, generator=generator, output_type="pt").images)
+            found.append(images_of(pipeline(**call, num_inference_steps=3, generator=generator, output_type="pt")))
         torch.testing.assert_close(torch.cat(found), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -151,7 +170,7 @@ def test_other_images_are_other_conditions(name, tmp_path):
     alone, both = trainer.encode([first]), trainer.encode([second, first, second])
     for key, value in both.items():
         if key not in ("pooled_prompt_embeds", "guidance") and "mask" not in key:
-            seen = key == "reference" or name != "kontext"  # and by Qwen's encoder too
+            seen = key in ("reference", "image_embeds") or "qwen" in name  # whose encoder sees it too
             assert torch.equal(value[0], value[2]) and torch.equal(value[1], alone[key][0])
             assert torch.equal(value[0], value[1]) is not seen, key
     files = [*(tmp_path / "cache").iterdir()]
@@ -328,7 +347,7 @@ ROWS = {"prompt": ["a", "b"]}
 @pytest.mark.parametrize(
     "dataset, message",
     [
-        (Dataset.from_dict(ROWS), "FluxKontextPipeline edits images, and `train_dataset` has none: it needs a column"),
+        (Dataset.from_dict(ROWS), "FluxKontextPipeline takes images, and `train_dataset` has none: it needs a column"),
         (Dataset.from_dict({**ROWS, "image": [picture(0), None]}), "`image` of row 1 of `train_dataset` is missing"),
         (
             Dataset.from_dict({**ROWS, "image": [None, "x.png"]}, Features(prompt=Value("string"), image=Image())),
@@ -346,7 +365,7 @@ def test_every_prompt_needs_an_image(dataset, message, tmp_path):
 
 
 def test_what_is_not_for_editing(tmp_path):
-    with pytest.raises(ValueError, match="FluxKontextPipeline edits images: real ones are no edits"):
+    with pytest.raises(ValueError, match="FluxKontextPipeline takes images: real ones are not made"):
         make_editing_trainer("kontext", tmp_path, make_kontext(), adversarial_weight=0.1, image_dataset="x")
     with pytest.raises(ValueError, match="`max_sequence_length` is without effect on QwenImageEditPipeline"):
         make_editing_trainer("qwen_edit", tmp_path, make(EDITING["qwen_edit"]), max_sequence_length=64)
@@ -366,7 +385,7 @@ def test_no_demo_of_edits(tmp_path):
     make(EDITING["kontext"]).save_pretrained(tmp_path / "base")
     trainer = make_editing_trainer("kontext", tmp_path, str(tmp_path / "base"))
     trainer.save_model()
-    with pytest.raises(ValueError, match="FluxKontextPipeline edits images, and the demo"):
+    with pytest.raises(ValueError, match="FluxKontextPipeline takes images, and the demo"):
         export_space(tmp_path / "run", tmp_path / "space")
 
 

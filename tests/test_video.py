@@ -217,6 +217,23 @@ def test_every_frame_of_a_video_is_of_its_noise(name):
     assert f"num_frames={1 + 2 * temporal}" in family.call_code("a dress", 4)
 
 
+def test_a_time_for_every_token():
+    """Wan 2.2 TI2V 5B without an image: what its denoiser is called with, but for the shape, is that of 2.1."""
+    pipeline, calls = make(CASES["wan"]), []
+    pipeline.register_to_config(expand_timesteps=True)
+    call = pipeline.transformer.forward
+    pipeline.transformer.forward = lambda **inputs: calls.append(inputs) or call(**inputs)
+    family = family_for("wan", pipeline)
+    pipeline(**CASES["wan"].guided(PROMPTS, 1.0, ""), num_inference_steps=1, output_type="latent")
+    t = calls[0]["timestep"][:, 0]
+    family.denoise(
+        pipeline.transformer, calls[0]["hidden_states"], t, {"prompt_embeds": calls[0]["encoder_hidden_states"]}
+    )
+    for name in ("hidden_states", "timestep", "encoder_hidden_states"):
+        assert torch.equal(calls[0][name], calls[1][name]), name
+    assert calls[0]["timestep"].ndim == 2
+
+
 def test_plan_counts_frames(tmp_path, capsys):
     make(CASES["wan"]).save_pretrained(tmp_path)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""A tiny random pipeline of every family that edits images, and images for it."""
+"""A tiny random pipeline of every family that is given an image with the prompt, and images for it."""
 
 import math
 
@@ -12,7 +12,8 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from peft import LoraConfig
 from PIL import Image
 from tiny_encoders import words
-from tiny_pipelines import Case, make_flux, make_qwen_image, pack_flux
+from tiny_pipelines import CASES, Case, make_flux, make_qwen_image, pack_flux
+from tiny_videos import make_wan_image_to_video
 from transformers import (
     ProcessorMixin,
     Qwen2_5_VLConfig,
@@ -129,13 +130,22 @@ def guided_qwen_edit(prompts, scale, negative):
     )
 
 
+def guided_wan(prompts, scale, negative):
+    call = CASES["wan"].guided([*map(str, prompts)], scale, negative)
+    return {**call, "image": resized(prompts, 32, 16)[0]}
+
+
 EDITING = {
     "kontext": Case(make_kontext, guided_kontext, pack=pack_flux, prompts=PROMPTS, negative=("",)),
     "qwen_edit": Case(make_qwen_edit, guided_qwen_edit, pack=pack_flux, prompts=PROMPTS),
     "qwen_edit_plus": Case(
         lambda: make_qwen_edit(QwenImageEditPlusPipeline), guided_qwen_edit, pack=pack_flux, prompts=PROMPTS
     ),
+    "wan_i2v": Case(make_wan_image_to_video, guided_wan, size=CASES["wan"].size, prompts=PROMPTS),
+    "wan_ti2v": Case(lambda: make_wan_image_to_video(True), guided_wan, size=CASES["wan"].size, prompts=PROMPTS),
 }
+# Their calls take one prompt and its image.
+ONE_BY_ONE = ("qwen_edit_plus", "wan_i2v", "wan_ti2v")
 
 
 def dataset_of(prompts) -> Dataset:

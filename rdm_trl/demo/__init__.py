@@ -50,8 +50,8 @@ def load_demo_pipeline(dtype: torch.dtype = torch.float32) -> StableDiffusionPip
 class DemoClassifier(nn.Module):
     """The embedded Fashion-MNIST classifier, whose features stand in for Inception's.
 
-    `forward` takes images of shape `(B, 3, 32, 32)` in `[0, 1]` and returns features `(B, num_features)` and class
-    logits `(B, 10)`.
+    `forward` takes images of shape `(B, 3, 32, 32)` in `[0, 1]` and returns features `(B, D)` and class logits
+    `(B, 10)`.
     """
 
     def __init__(self, path: str | Path = DEMO_CLASSIFIER):
@@ -59,11 +59,10 @@ class DemoClassifier(nn.Module):
         self.model = AutoModelForImageClassification.from_pretrained(
             path, dtype=torch.float32, local_files_only=True
         ).eval()
-        self.num_features = self.model.config.hidden_sizes[-1]
         self.requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = self.model.base_model(pixel_values=images * 2 - 1).pooler_output
+        features = self.model.base_model(pixel_values=images * 2 - 1).pooler_output.flatten(1)
         return features, self.model.classifier(features)
 
 

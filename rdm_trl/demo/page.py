@@ -32,7 +32,7 @@ def describe(checkpoint: Path, base: str | None = None) -> dict:
     What `app.py` has to know of a checkpoint: its `demo.json`. Only the base's configuration is read.
 
     Raises:
-        ValueError: `checkpoint` is none, or its pipeline takes no prompt, draws videos or edits images.
+        ValueError: `checkpoint` is none, or its pipeline takes no prompt, draws videos or takes images.
     """
     try:
         settings = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))["settings"]
@@ -47,7 +47,7 @@ def describe(checkpoint: Path, base: str | None = None) -> dict:
     if family.num_frames is not None:
         raise ValueError(f"{type(pipeline).__name__} draws videos, and the demo is one of images.")
     if family.takes_image:
-        raise ValueError(f"{type(pipeline).__name__} edits images, and the demo is one of prompts alone.")
+        raise ValueError(f"{type(pipeline).__name__} takes images, and the demo is one of prompts alone.")
     family.make_student_scheduler(
         settings["sample_num_steps"], settings["sample_sigmas"], settings["sample_timesteps"]
     )

@@ -50,6 +50,13 @@ def comparison_grid(columns: dict[str, list[list[Image.Image]]], prompts: list[s
     return picture
 
 
+def input_picture(image: Image.Image, like: Image.Image, width: int) -> Image.Image:
+    """`image`, `width` pixels wide and as high as `like`, on as much white: contact sheets are wider than frames."""
+    picture = Image.new("RGB", like.size, "white")
+    picture.paste(image.resize((width, like.height)))
+    return picture
+
+
 def one_line(prompt: str) -> str:
     """A prompt as a grid shows it: captions of language models have paragraphs, and hundreds of words."""
     text = " ".join(prompt.split())

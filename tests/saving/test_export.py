@@ -8,7 +8,8 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny_pipelines import CASES, family_for, images_of, make, make_family_trainer
+from tiny_editing import EDITING, shrink_qwen
+from tiny_pipelines import CASES, images_of, make, make_family_trainer
 
 from rdm_trl.cli import main
 from rdm_trl.models.lora import make_roles
@@ -102,13 +103,14 @@ def test_every_form_has_the_students_weights(name, tmp_path):
         check(family.denoiser.state_dict(), expected)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_styled_student_alone_has_the_weights_of_its_role(name, tmp_path):
+@pytest.mark.parametrize("name", [*CASES, *EDITING])
+def test_a_styled_student_alone_has_the_weights_of_its_role(name, tmp_path, monkeypatch):
     """`teacher_lora` in every family: all roles begin as the styled base, and the saved LoRA is all of the student."""
-    case = CASES[name]
+    shrink_qwen(monkeypatch)
+    case = {**CASES, **EDITING}[name]
     styled = save(make(case), tmp_path / "style")
     make(case).save_pretrained(tmp_path / "base")
-    family = family_for(name)
+    family = family_of(make(case), *case.size.values())
     lora = LoraConfig(r=3, lora_alpha=7, target_modules=family.lora_target_modules[:2])
     roles = make_roles(family, lora, teacher_lora=tmp_path / "style")
     condition = family.encode_prompts(list(case.prompts))

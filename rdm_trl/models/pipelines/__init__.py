@@ -15,7 +15,7 @@ from .qwen_image import QwenImageEditFamily, QwenImageEditPlusFamily, QwenImageF
 from .sana import SanaFamily
 from .stable_diffusion import StableDiffusionFamily, StableDiffusionXLFamily
 from .stable_diffusion_3 import StableDiffusion3Family
-from .wan import WanFamily
+from .wan import WanFamily, WanImageToVideoFamily
 from .z_image import ZImageFamily
 
 
@@ -34,6 +34,7 @@ FAMILIES = (
     QwenImageEditPlusFamily,
     Flux2KleinFamily,
     WanFamily,
+    WanImageToVideoFamily,
     LTXFamily,
     DiTFamily,
     UnconditionalFamily,

@@ -175,6 +175,7 @@ class QwenImageEditPlusFamily(QwenImageEditFamily):
 
     pipeline_class = QwenImageEditPlusPipeline
     dimensions = pipeline_qwenimage_edit_plus
+    takes_one_prompt = True
 
     def picture_size(self):
         return self.own_picture_size(pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE)
@@ -184,15 +185,3 @@ class QwenImageEditPlusFamily(QwenImageEditFamily):
         area = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE
         width, height = pipeline_qwenimage_edit_plus.calculate_dimensions(area, width / height)
         return height, width
-
-    def sample(self, scheduler, prompts, *arguments, output_type="pt"):
-        # The call takes one prompt. Each image has a generator of its own: the scheduler's noise is by its seed.
-        *rest, generator = arguments
-        if not isinstance(generator, list):
-            seeds = torch.randint(2**31, (len(prompts),), generator=generator).tolist()
-            generator = [torch.Generator().manual_seed(seed) for seed in seeds]
-        images = [
-            super(QwenImageEditPlusFamily, self).sample(scheduler, [prompt], *rest, [own], output_type=output_type)
-            for prompt, own in zip(prompts, generator, strict=True)
-        ]
-        return torch.cat(images)
