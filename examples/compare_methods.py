@@ -18,6 +18,7 @@ python examples/compare_methods.py --methods dmd,fake_updates=3 gndm,fake_update
 python examples/compare_methods.py --methods gndm gndm,num_iterations=2 --budget rollouts \
     --teachers embedded outputs/flow_teacher,max_sequence_length=10 outputs/dit_teacher    # of train_teacher.py
 python examples/compare_methods.py --methods dmd gndm dmdr+classifier@0.02 gndmr+classifier@0.3 --set reward_warmup=100
+python examples/compare_methods.py --methods dmd gndm --measure classifier    # of all images, and nobody trains by it
 """
 
 import argparse
@@ -88,6 +89,7 @@ def parse_args():
     parser.add_argument("--workers", type=int, default=1, help="runs at once, a process of one thread each")
     parser.add_argument("--eval_steps", type=int, default=50, help="updates between two points of a curve")
     parser.add_argument("--num_images", type=int, default=2400)
+    parser.add_argument("--measure", nargs="*", default=[], help="rewards that are measured, whoever trains by them")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
     args = parser.parse_args()
     for method in args.methods:
@@ -389,7 +391,8 @@ def compare(args, teacher: str | None, changes: dict, output_dir: Path):
     if path.exists() and json.loads(path.read_text()) != settings:
         raise SystemExit(f"{path} belongs to runs with other settings: give another --output_dir.")
     path.write_text(json.dumps(settings, indent=1) + "\n")
-    rewards = list(dict.fromkeys(name for m in args.methods for name in options_of(m).get("reward_funcs", [])))
+    trained = [name for m in args.methods for name in options_of(m).get("reward_funcs", [])]
+    rewards = list(dict.fromkeys([*trained, *args.measure]))
     methods = list(dict.fromkeys([plain(m) for m in args.methods] + args.methods))
     for file in (runs / f"{m}-{s}.json" for m in methods for s in args.seeds):
         missing = [name for name in rewards if file.exists() and f"reward/{name}" not in file.read_text()]
@@ -431,7 +434,7 @@ def compare(args, teacher: str | None, changes: dict, output_dir: Path):
     results = {f"{m}-{s}": json.loads((runs / f"{m}-{s}.json").read_text()) for m in methods for s in args.seeds}
     (output_dir / "results.json").write_text(json.dumps({**settings, **results}, indent=1) + "\n")
     text = table(results, methods, args.seeds, [*FIGURES, *(f"reward/{name}" for name in rewards)])
-    if rewards:
+    if trained:
         text += "\n\n" + matched(results, methods, args.seeds)
         text += "\n\n" + budgets(results, methods, args.seeds)
         plot_trade_offs(results, methods, args.seeds, output_dir / "trade_offs.png")

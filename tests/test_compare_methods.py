@@ -34,14 +34,16 @@ def test_methods_get_equal_budgets(tmp_path, monkeypatch, budget, changes, updat
     """What the trainer itself counted is equal, whatever an update costs; and a second call trains nothing again."""
     script = load_script("examples/compare_methods.py")
     command = f"compare --methods gndm gndm,{changes} --seeds 0 --num_images 8 --eval_steps 1 --budget {budget}"
-    command = [*command.split(), "--output_dir", str(tmp_path), "--set", *SMALL.split()]
-    monkeypatch.setattr("sys.argv", command)
+    command = [*command.split(), "--output_dir", str(tmp_path), "--measure", "jpeg_compressibility"]
+    monkeypatch.setattr("sys.argv", [*command, "--set", *SMALL.split()])
     script.main()
     results = json.loads((tmp_path / "embedded" / "results.json").read_text())
     one, other = (results[f"{method}-0"]["curve"][-1] for method in ("gndm", f"gndm,{changes}"))
     assert (one["step"], other["step"]) == (2, updates)
     if budget != "updates":
         assert one[budget] == other[budget] == 16
+    # Measured, and no part of what they train by.
+    assert one["reward/jpeg_compressibility"] < 0 and one["weights"] == [1.0]
     monkeypatch.setattr(script, "run", None)
     script.main()
     assert f"gndm,{changes} − gndm" in (tmp_path / "embedded" / "table.md").read_text()
