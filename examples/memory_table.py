@@ -33,6 +33,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
     ZImagePipeline,
@@ -40,10 +41,13 @@ from diffusers import (
 )
 from tqdm import tqdm
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
@@ -175,6 +179,17 @@ def wan21_1_3b() -> DiffusionPipeline:
     return WanPipeline(TOKENIZER, encoder, AutoencoderKLWan(), scheduler, transformer)
 
 
+def wan21_i2v_14b() -> DiffusionPipeline:
+    sizes = dict(num_attention_heads=40, ffn_dim=13824, num_layers=40, in_channels=36)
+    transformer = WanTransformer3DModel(**sizes, image_dim=1280, added_kv_proj_dim=5120)
+    sizes = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14)
+    parts = {name: wan21_1_3b().components[name] for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    vision = CLIPVisionModel(CLIPVisionConfig(**sizes))
+    return WanImageToVideoPipeline(
+        **parts, transformer=transformer, image_encoder=vision, image_processor=CLIPImageProcessorPil()
+    )
+
+
 def ltx_video() -> DiffusionPipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     return LTXPipeline(scheduler, AutoencoderKLLTXVideo(), t5_xxl(), TOKENIZER, LTXVideoTransformer3DModel())
@@ -189,6 +204,7 @@ MODELS = {
     "Qwen-Image": qwen_image,
     "FLUX.2 klein 9B": flux2_klein,
     "Wan 2.1 1.3B, 81 frames of 480 x 832": wan21_1_3b,
+    "Wan 2.1 I2V 14B, 81 frames of 480 x 832": wan21_i2v_14b,
     "LTX-Video, 161 frames of 512 x 704": ltx_video,
 }
 LARGE = ("FLUX.1-dev", "Qwen-Image", "FLUX.2 klein 9B")

@@ -20,6 +20,7 @@ SIZES = {
     "z_image": 6.15,
     "qwen_image": 20.4,
     "wan21_1_3b": 1.42,
+    "wan21_i2v_14b": 16.4,
     "ltx_video": 1.92,
 }
 
