@@ -133,6 +133,14 @@ def wrap(trainer, roles: Roles) -> DistributedDataParallel:
     return DistributedDataParallel(roles, **kwargs)
 
 
+def gather_outer_weights(roles: Roles):
+    """
+    Makes the weights outside of all blocks whole until the end of the next backward pass, which begins inside of the
+    denoiser: one from its output would gather them by itself. Called by all processes.
+    """
+    roles.denoiser.unshard()
+
+
 @torch.no_grad()
 def keep_company(passes: int, make_pass: Callable):
     """Calls `make_pass` until this process, which has made `passes` of them, has made as many as any other."""

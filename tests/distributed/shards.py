@@ -4,6 +4,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -82,6 +83,8 @@ def save(trainer, folder: Path, name: str):
         for role in trainer.model.adapters
         for key, value in trainer.model.adapter_state(role).items()
     }
+    if trainer.adversary is not None:
+        adapters |= {f"head.{key}": value for key, value in trainer.adversary.head.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapters, folder / f"{name}-{rank}.safetensors")
 
@@ -89,6 +92,8 @@ def save(trainer, folder: Path, name: str):
 def equal(way: str, folder: Path):
     """Four updates of each pipeline, with all that draws; and the last of them from a checkpoint."""
     found = {}
+    # Summed: a share of so small a push would blow up rounding errors.
+    real = dict(adversarial_weight=20.0, reward_mixing="sum")
     for name in PIPELINES:
         run, options = folder / name, dict(save_strategy="steps", save_steps=3)
         if name == "unet":
@@ -96,8 +101,11 @@ def equal(way: str, folder: Path):
             options |= dict(num_teacher_images=5, num_iterations=2, log_images_steps=3)
             # Convolutions round by where their weights lie in memory, and Adam would blow that up.
             options |= dict(optim="sgd", learning_rate=0.1, fake_learning_rate=0.1)
+            options |= dict(image_dataset=str(folder.parent / "real"), **real)
         elif name == "sd3":
             options |= dict(sample_guidance_scale=2.0, activation_checkpointing=True)
+            # Captions are encoded in batches, which the resumed run would meet in another order.
+            options |= dict(image_dataset=str(folder.parent / "captioned"), prompt_cache_dir=str(run / "said"), **real)
         trainer = make(way, name, run, **options)
         found[name] = {"bytes": bytes_of_base(trainer), "planned": planned_bytes(name)}
         trainer.train()
@@ -106,6 +114,8 @@ def equal(way: str, folder: Path):
         trainer.save_model()
         found[name]["figures"] = {who: trainer.metrics[who] for who in ("teacher", "base", "student")}
         found[name]["weights"] = trainer.teacher_weights
+        logs = ({k: v for k, v in log.items() if "advers" in k or "discr" in k} for log in trainer.state.log_history)
+        found[name]["adversary"] = [log for log in logs if log]
         if way == "shards":
             again = make(way, name, run, **options)
             again.train(resume_from_checkpoint=str(run / "run" / "checkpoint-3"))
@@ -149,6 +159,12 @@ def fail(folder: Path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
+    if os.environ["RANK"] == "0":
+        Dataset.from_dict({"image": ROWS["image"]}).save_to_disk(folder / "real")
+        Dataset.from_dict(ROWS).save_to_disk(folder / "captioned")
+        (folder / "written").touch()
+    while not (folder / "written").exists():
+        time.sleep(0.1)
     for way in ("ddp", "shards"):
         equal(way, folder / way)
     for way in ("ddp", "shards"):
