@@ -70,10 +70,27 @@ def make(way: str, name: str, folder: Path, rewards=(redness,), **options) -> Rd
     return trainer
 
 
-def bytes_of_base(trainer) -> int:
-    parameters = trainer.model.frozen_parameters()
+def bytes_of(parameters) -> int:
     local = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
     return sum(p.numel() * p.element_size() for p in local)
+
+
+def bytes_held(trainer) -> list[int]:
+    """Of the base, and of the text encoders."""
+    encoders = trainer.family.encoders()
+    return [bytes_of(trainer.model.frozen_parameters()), bytes_of(p for e in encoders for p in e.parameters())]
+
+
+def count_draws(trainer) -> list[int]:
+    """The pipeline's calls from now on, by their number of prompts."""
+    drawn, sample = [], trainer.family.sample_latents
+
+    def sample_latents(scheduler, prompts, *rest):
+        drawn.append(len(prompts))
+        return sample(scheduler, prompts, *rest)
+
+    trainer.family.sample_latents = sample_latents
+    return drawn
 
 
 def save(trainer, folder: Path, name: str):
@@ -107,7 +124,7 @@ def equal(way: str, folder: Path):
             # Captions are encoded in batches, which the resumed run would meet in another order.
             options |= dict(image_dataset=str(folder.parent / "captioned"), prompt_cache_dir=str(run / "said"), **real)
         trainer = make(way, name, run, **options)
-        found[name] = {"bytes": bytes_of_base(trainer), "planned": planned_bytes(name)}
+        found[name] = {"bytes": bytes_held(trainer), "planned": planned_bytes(name), "drawn": count_draws(trainer)}
         trainer.train()
         save(trainer, folder, name)
         trainer.evaluate()
@@ -125,9 +142,10 @@ def equal(way: str, folder: Path):
     (folder / f"found-{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
-def planned_bytes(name: str) -> int:
-    """What `plan` says that the first process, whose part is the largest, holds of the base, in float32."""
-    return plan.shard_size(family_of(PIPELINES[name]()).denoiser, 2)
+def planned_bytes(name: str) -> list[int]:
+    """What `plan` says that the first process, whose part is the largest, holds of them, in float32."""
+    family = family_of(PIPELINES[name]())
+    return [plan.shard_size(family.denoiser, 2), plan.encoders_in_shards(family, 2)[0]]
 
 
 def cross(way: str, folder: Path):
