@@ -129,13 +129,15 @@ def shard(roles: NetworkRoles, family: PipelineFamily, device: torch.device, wit
     )
     for parameter in adapters:
         parameter.data = parameter.data.to(device)
+    # Pipelines ask a network where to compute, and its parameters would answer: on the CPU.
+    properties = {"device": property(lambda self: device)} if offloads else {}
     for network, blocks in networks.items():
+        own = type(network)
         for module in (*blocks, network):
             fully_shard(module, **options)
-        if offloads:
-            # Pipelines ask it where to compute, and its parameters would answer: on the CPU.
-            own = type(network)
-            network.__class__ = type(own.__name__, (own,), {"device": property(lambda self: device)})
+        # Under its own name, by which transformers knows what its class can put out.
+        name = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+        network.__class__ = type(own.__name__, (type(network),), name | properties)
     kept_whole = {id(parameter) for parameter in adapters}
     names = [name for name, parameter in roles.named_parameters() if id(parameter) not in kept_whole]
     roles._ddp_params_and_buffers_to_ignore += names

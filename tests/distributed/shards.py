@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
@@ -15,12 +16,16 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import make_config, make_tiny_pipeline, redness  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from tiny_editing import make_kontext, picture  # noqa: E402
-from tiny_pipelines import make_sd3  # noqa: E402
+from tiny_editing import make_kontext, make_qwen_edit, picture, shrink_qwen  # noqa: E402
+from tiny_pipelines import make_sd3, make_z_image  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.testing import assert_close  # noqa: E402
 
 from rdm_trl import RdmDistillTrainer, evaluation, plan  # noqa: E402
+from rdm_trl.models import sharding  # noqa: E402
 from rdm_trl.models.pipelines import family_of  # noqa: E402
+from rdm_trl.models.roles import Roles  # noqa: E402
+from rdm_trl.prompts import PicturePrompt, PromptCache  # noqa: E402
 
 
 PIPELINES = {"unet": make_tiny_pipeline, "sd3": make_sd3, "kontext": make_kontext}
@@ -163,6 +168,22 @@ def offload(folder: Path):
     assert trainer.family.denoiser.device == trainer.accelerator.device
 
 
+def encode(make_pipeline):
+    """Text encoders in shards, of other prompts on each process."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_qwen(patch)
+        family = family_of(make_pipeline(), 16, 16)
+        prompts = [PicturePrompt(*row) for row in zip(*ROWS.values(), strict=True)]
+        whole = family.encode_prompts(prompts)
+        roles = Roles(family.denoiser, LoraConfig(r=2, target_modules=family.lora_target_modules))
+        sharding.shard(roles, family, torch.device("cpu"), with_encoders=True)
+        own = prompts[: 1 + 2 * int(os.environ["RANK"])]
+        found = PromptCache(family.encode_prompts, torch.device("cpu"), 2, together=True)(own)
+        for key, value in found.items():
+            assert_close(value, whole[key][: len(own)], atol=1e-6, rtol=1e-6)
+
+
 def fail(folder: Path):
     def broken(images, prompts, metadata):
         if torch.distributed.get_rank() == 1 and trainer.state.global_step == 1:
@@ -187,5 +208,7 @@ if __name__ == "__main__":
         equal(way, folder / way)
     for way in ("ddp", "shards"):
         cross(way, folder / way)
+    encode(make_qwen_edit)  # several passes for several prompts
+    encode(make_z_image)  # its encoder's outputs transformers finds by the name of its class
     offload(folder / "offload")
     fail(folder)  # which ends both
