@@ -2,7 +2,7 @@
 """How much memory a run needs, from the configuration files of a pipeline alone: no weight is read."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -296,7 +296,8 @@ def choose(
     load: Callable[[], DiffusionPipeline], gpu_memory: float, num_gpus: int = 1, **options
 ) -> tuple[Memory, dict, bool]:
     """
-    The first settings that fit, from fast to frugal; what they need; and whether they do fit, the last ones may not.
+    What the first settings need that fit, from fast to frugal, and the settings; or those that need least, where none
+    does; and whether they fit.
 
     Args:
         load (`Callable`): gives the pipeline without its weights, a new one each time.
@@ -311,18 +312,21 @@ def choose(
     def of_four(checkpointing: bool, in_shards: bool) -> Memory:
         return memory_of(load(), 4, checkpointing, in_shards=in_shards, **options)
 
-    batch_sizes = [size for size in (32, 16, 8) if size * num_gpus <= 32] + [4]
-    # Encoders are moved only where nothing else helps, and the base is held otherwise only where that does not help.
-    for base, offload, batch_size, checkpointing in product(bases, (False, True), batch_sizes, (False, True)):
-        four = of_four(checkpointing, base == "shards" and options.get("with_discriminator", False))
-        encoders, activations = four.encoders, four.activations * batch_size // 4
-        if offload:
-            encoders, activations = 0, max(activations, encoders)
-        elif base == "shards":
-            encoders, activations = part, max(activations, gathered)
-        memory = replace(four, denoiser=bases[base], encoders=encoders, activations=activations, base=base)
-        if fits := memory.total <= gpu_memory * GIB:
-            break
+    def candidates() -> Iterator[tuple[Memory, int, bool, bool]]:
+        batch_sizes = [size for size in (32, 16, 8) if size * num_gpus <= 32] + [4]
+        # Encoders are moved only where nothing else helps, and the base is held otherwise where that does not either.
+        for base, offload, batch_size, checkpointing in product(bases, (False, True), batch_sizes, (False, True)):
+            four = of_four(checkpointing, base == "shards" and options.get("with_discriminator", False))
+            encoders, activations = four.encoders, four.activations * batch_size // 4
+            if offload:
+                encoders, activations = 0, max(activations, encoders)
+            elif base == "shards":
+                encoders, activations = part, max(activations, gathered)
+            held = dict(denoiser=bases[base], encoders=encoders, activations=activations, base=base)
+            yield replace(four, **held), batch_size, checkpointing, offload
+
+    found = next((candidate for candidate in candidates() if candidate[0].total <= gpu_memory * GIB), None)
+    memory, batch_size, checkpointing, offload = found or min(candidates(), key=lambda candidate: candidate[0].total)
     settings = {
         "per_device_train_batch_size": batch_size,
         "num_generations": 4,
@@ -331,9 +335,9 @@ def choose(
         "offload_encoders": offload,
         "bf16": True,
     }
-    if base in ("8 bits", "4 bits"):
-        settings[f"load_in_{base[0]}bit"] = True
-    return memory, settings, fits
+    if memory.base in ("8 bits", "4 bits"):
+        settings[f"load_in_{memory.base[0]}bit"] = True
+    return memory, settings, found is not None
 
 
 def plan(model: str, gpu_memory: float, num_gpus: int = 1, single_file_config: str | None = None, **options) -> str:
