@@ -198,7 +198,7 @@ def test_encoders_are_in_shards_with_the_base():
     found, _, fits = plan.choose(load, 1e-9, 8)
     assert not fits and found.total <= needed.total
     # One whose class names no blocks stays whole, and so does one in fewer bits.
-    with patch.object(type(encoder), "_no_split_modules", None):
+    with patch.object(family.pipeline.text_encoder, "_no_split_modules", None):
         assert plan.encoders_in_shards(family, 8) == (four.encoders, 0)
     family.pipeline.text_encoder.is_quantized = True
     assert plan.encoders_in_shards(family, 8) == (four.encoders, 0)

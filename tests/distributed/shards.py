@@ -190,7 +190,8 @@ def fail(folder: Path):
             raise RuntimeError("out of ink")
         return redness(images, prompts, metadata)
 
-    trainer = make("shards", "sd3", folder, [broken])
+    trainer = make("shards", "sd3", folder, [broken], offload_encoders=True)
+    assert not trainer.family.sharded_encoders
     (folder / "begun").touch()
     trainer.train()
 
