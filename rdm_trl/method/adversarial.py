@@ -145,9 +145,9 @@ def blocks_that_see(blocks: list[nn.Module], run: Callable, x_t: torch.Tensor) -
         run(x_t)
 
     found = [(b, out) for b, out in zip(blocks, outputs, strict=True) if out is not None and reaches(out, x_t)]
-    seeing = spread([(block, positions(output).shape[2]) for block, output in found])
-    if not seeing:
+    if not found:
         raise ValueError("`adversarial_weight` needs features of the denoiser, but no block of it sees the image.")
+    seeing = spread([(block, positions(output).shape[2]) for block, output in found])
     return [block for block, _ in seeing], [width for _, width in seeing]
 
 
