@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .method import adversarial
+from .models import sharding
 from .optimizers import make_score
 from .real_images import RealImages
 
@@ -55,8 +56,10 @@ class Adversary:
     def features(self, x_t: torch.Tensor, timesteps: torch.Tensor, condition: dict[str, torch.Tensor]) -> list:
         """What the fake score's blocks make of `x_t` (B, ...), not by a compiled denoiser: hooks would break it."""
         trainer, denoiser = self.trainer, self.trainer.model.denoiser
-        # A block that is to be computed again for its gradient has to come to its own end.
-        stop = not (trainer.args.activation_checkpointing and torch.is_grad_enabled())
+        # A block that is to be computed again for its gradient has to come to its own end, and in shards the denoiser
+        # to its: there the gathered weights are given back.
+        again = trainer.args.activation_checkpointing and torch.is_grad_enabled()
+        stop = not (again or trainer.model.sharded)
         look = adversarial.capture(self.blocks, stop)
         with trainer.model.use("fake"), trainer.accelerator.autocast(), look as found:
             trainer.family.denoise(
@@ -101,10 +104,13 @@ class Adversary:
         Where `x0` (B, ...) would look more real, as a push (B, ...), at the draw of R_dm's probe. Raises
         `FloatingPointError` where that is not finite.
         """
-        condition = self.condition_of(condition, len(x0))
+        process, roles, condition = self.trainer.process, self.trainer.model, self.condition_of(condition, len(x0))
 
         def log_odds(x0):
-            return self.head(self.features(self.trainer.process.add_noise(x0, noise, timesteps), timesteps, condition))
+            features = self.features(process.add_noise(x0, noise, timesteps), timesteps, condition)
+            if roles.sharded:
+                sharding.gather_outer_weights(roles)
+            return self.head(features)
 
         push = adversarial.log_odds_gradient(log_odds, x0)
         self.trainer._check_finite("discriminator's gradient", push.flatten(1).abs().sum(1))

@@ -81,7 +81,8 @@ class RdmDistillConfig(TrainingArguments):
             Folder that keeps the embeddings of prompts, so that later runs and other processes need not encode them.
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Text encoders wait in the computer's memory and come to the device only to encode a new prompt or to draw
-            samples: less memory, more time. With `prompt_cache_dir` prompts of an earlier run need none.
+            samples: less memory, more time. With `prompt_cache_dir` prompts of an earlier run need none. They are then
+            whole on each process, also where the base is in shards.
         num_teacher_images (`int`, *optional*):
             Absorbed guidance: so many images of the training prompts are drawn by the guided teacher
             (`teacher_num_steps`, `teacher_guidance_scale`, its own scheduler) before the first update, and the target

@@ -165,8 +165,9 @@ class GuidedImages:
         for start in range(0, len(missing), size * args.world_size):
             turn = missing[start : start + size * args.world_size]
             own = turn[rank * size : (rank + 1) * size]
-            # In shards all take part in every pass: who has no share left, draws what another does.
-            drawn = self.draw(own or turn[: int(trainer.model.sharded)])
+            # In shards all take part in every pass, of which some pipelines make one for each image: who has a smaller
+            # share, draws what another does.
+            drawn = self.draw([*own, *turn][: min(size, len(turn))] if trainer.model.sharded else own)
             drawn = gather_object(list(zip(own, drawn, strict=False)))
             for i, latents in drawn:
                 images[i] = latents

@@ -145,11 +145,6 @@ def check_launcher(config: TrainingArguments):
         raise ValueError(f"accelerate's `mixed_precision` is {config.mixed_precision!r}, but must be 'no' or 'bf16'.")
     config.bf16 = config.mixed_precision == "bf16"
     sharding.check_launcher(config.torch_compile)
-    if sharding.is_asked_for() and config.adversarial_weight:
-        raise ValueError(
-            "`adversarial_weight` cannot be had with FSDP: the discriminator ends its passes in the middle of the "
-            "base. Leave one of them out."
-        )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no" and not config.torch_compile:
         raise ValueError(f"accelerate's `dynamo_backend` is {backend!r}: use `torch_compile`, for all roles.")

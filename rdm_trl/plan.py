@@ -2,9 +2,10 @@
 """How much memory a run needs, from the configuration files of a pipeline alone: no weight is read."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -20,7 +21,7 @@ from .method import adversarial
 from .models.pipelines import PipelineFamily, family_of
 from .models.pipelines.loading import is_single_file, single_file_folder
 from .models.roles import ADAPTERS, Roles
-from .models.sharding import blocks_of
+from .models.sharding import blocks_of, encoders_for_shards
 from .real_images import check_draws_images
 
 
@@ -36,11 +37,12 @@ class Memory:
 
     Args:
         denoiser, encoders, others: weights in bfloat16; `encoders` are 0 where they are offloaded, and `others` is the
-            autoencoder. In shards `denoiser` is the device's part, and the block that is whole while it runs.
+            autoencoder. In shards both are the device's part, `denoiser` with the block that is whole while it runs.
         adapters: student, fake score and average in float32, with the gradients and AdamW states of the first
             two; and the discriminator's head with its own, where there is one.
         activations: what the student's forward pass keeps for its backward pass, and the discriminator's pass, which
-            runs meanwhile. Where encoders are offloaded and larger, their size: they are on the device before that.
+            runs meanwhile. Where what encoders take while they run is larger, offloaded or in shards, that: it is on
+            the device before.
         base (`str`): how the denoiser is held, a key of `sizes_of_base`.
     """
 
@@ -143,6 +145,13 @@ def gathered_size(denoiser: torch.nn.Module) -> int:
     return own + 2 * below
 
 
+def encoders_in_shards(family: PipelineFamily, num_gpus: int) -> tuple[int, int]:
+    """Bytes on a device of the text encoders where the base is in shards, and what is gathered while one runs."""
+    encoders = encoders_for_shards(family)
+    whole = size_of(*family.encoders()) - sum(p.nbytes for e in encoders for p in e.parameters())
+    return whole + sum(shard_size(e, num_gpus) for e in encoders), max(map(gathered_size, encoders), default=0)
+
+
 def sizes_of_base(denoiser: torch.nn.Module, num_gpus: int = 1) -> dict[str, int]:
     """Bytes on a device of `denoiser`, in bfloat16 and without adapters, by how it is held: what costs least first."""
     whole = size_of(denoiser)
@@ -215,12 +224,10 @@ def saved_activations(family: PipelineFamily, roles: Roles, batch_size: int) -> 
     return sum(storage.nbytes() for storage in kept)
 
 
-def discriminator_sizes(
-    family: PipelineFamily, roles: Roles, batch_size: int, activation_checkpointing: bool
-) -> tuple[int, int]:
+def discriminator_sizes(family: PipelineFamily, roles: Roles, batch_size: int, stop: bool) -> tuple[int, int]:
     """
     Bytes of the discriminator's head, and what its pass of `batch_size` images keeps, which the gradient in the images
-    needs.
+    needs; with `stop` it ends behind the last block that is looked at.
 
     Raises:
         ValueError: as [`Adversary`].
@@ -234,7 +241,7 @@ def discriminator_sizes(
         blocks, widths = adversarial.blocks_that_see(adversarial.feature_blocks(roles.network("fake")), run, x_t)
         head = adversarial.Head(widths)
         with counted(roles, head) as kept:
-            with adversarial.capture(blocks, not activation_checkpointing) as features:
+            with adversarial.capture(blocks, stop) as features:
                 run(x_t.requires_grad_(True))
             head(features)
     return size_of(head), sum(storage.nbytes() for storage in kept)
@@ -249,6 +256,7 @@ def memory_of(
     width: int | None = None,
     num_frames: int | None = None,
     with_discriminator: bool = False,
+    in_shards: bool = False,
 ) -> Memory:
     """
     Args:
@@ -258,6 +266,7 @@ def memory_of(
         height, width (`int`, *optional*): of the images in pixels.
         num_frames (`int`, *optional*): of videos.
         with_discriminator (`bool`, *optional*, defaults to `False`): count what `adversarial_weight` asks for.
+        in_shards (`bool`, *optional*, defaults to `False`): its passes go to the denoiser's end, as in shards.
 
     Raises:
         ValueError: the pipeline cannot have a discriminator, or that size.
@@ -278,7 +287,7 @@ def memory_of(
     # Weights of all; a gradient and two moments of student and fake score.
     adapters, activations = one * (len(ADAPTERS) + 2 * 3), saved_activations(family, roles, batch_size)
     if with_discriminator:
-        head, seen = discriminator_sizes(family, roles, batch_size, activation_checkpointing)
+        head, seen = discriminator_sizes(family, roles, batch_size, not (activation_checkpointing or in_shards))
         adapters, activations = adapters + 4 * head, activations + seen
     return Memory(denoiser, encoders, others, adapters, activations)
 
@@ -287,7 +296,8 @@ def choose(
     load: Callable[[], DiffusionPipeline], gpu_memory: float, num_gpus: int = 1, **options
 ) -> tuple[Memory, dict, bool]:
     """
-    The first settings that fit, from fast to frugal; what they need; and whether they do fit, the last ones may not.
+    What the first settings need that fit, from fast to frugal, and the settings; or those that need least, where none
+    does; and whether they fit.
 
     Args:
         load (`Callable`): gives the pipeline without its weights, a new one each time.
@@ -295,20 +305,28 @@ def choose(
         num_gpus (`int`, *optional*, defaults to 1): processes that train together, and may share the base.
         **options: `lora_r`, `height`, `width`, `num_frames` and `with_discriminator` of `memory_of`.
     """
-    bases = sizes_of_base(family_of(load()).denoiser, num_gpus)
-    if options.get("with_discriminator"):  # it ends its passes in the middle of the base
-        bases.pop("shards", None)
-    with_four = {checkpointing: memory_of(load(), 4, checkpointing, **options) for checkpointing in (False, True)}
-    batch_sizes = [size for size in (32, 16, 8) if size * num_gpus <= 32] + [4]
-    # Encoders are moved only where nothing else helps, and the base is held otherwise only where that does not help.
-    for base, offload, batch_size, checkpointing in product(bases, (False, True), batch_sizes, (False, True)):
-        four = with_four[checkpointing]
-        encoders, activations = four.encoders, four.activations * batch_size // 4
-        if offload:
-            encoders, activations = 0, max(activations, encoders)
-        memory = replace(four, denoiser=bases[base], encoders=encoders, activations=activations, base=base)
-        if fits := memory.total <= gpu_memory * GIB:
-            break
+    family = family_of(load())
+    bases, (part, gathered) = sizes_of_base(family.denoiser, num_gpus), encoders_in_shards(family, num_gpus)
+
+    @cache
+    def of_four(checkpointing: bool, in_shards: bool) -> Memory:
+        return memory_of(load(), 4, checkpointing, in_shards=in_shards, **options)
+
+    def candidates() -> Iterator[tuple[Memory, int, bool, bool]]:
+        batch_sizes = [size for size in (32, 16, 8) if size * num_gpus <= 32] + [4]
+        # Encoders are moved only where nothing else helps, and the base is held otherwise where that does not either.
+        for base, offload, batch_size, checkpointing in product(bases, (False, True), batch_sizes, (False, True)):
+            four = of_four(checkpointing, base == "shards" and options.get("with_discriminator", False))
+            encoders, activations = four.encoders, four.activations * batch_size // 4
+            if offload:
+                encoders, activations = 0, max(activations, encoders)
+            elif base == "shards":
+                encoders, activations = part, max(activations, gathered)
+            held = dict(denoiser=bases[base], encoders=encoders, activations=activations, base=base)
+            yield replace(four, **held), batch_size, checkpointing, offload
+
+    found = next((candidate for candidate in candidates() if candidate[0].total <= gpu_memory * GIB), None)
+    memory, batch_size, checkpointing, offload = found or min(candidates(), key=lambda candidate: candidate[0].total)
     settings = {
         "per_device_train_batch_size": batch_size,
         "num_generations": 4,
@@ -317,9 +335,9 @@ def choose(
         "offload_encoders": offload,
         "bf16": True,
     }
-    if base in ("8 bits", "4 bits"):
-        settings[f"load_in_{base[0]}bit"] = True
-    return memory, settings, fits
+    if memory.base in ("8 bits", "4 bits"):
+        settings[f"load_in_{memory.base[0]}bit"] = True
+    return memory, settings, found is not None
 
 
 def plan(model: str, gpu_memory: float, num_gpus: int = 1, single_file_config: str | None = None, **options) -> str:

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import gather, set_seed
 from datasets import Dataset, Image, Value, load_dataset
 from PIL.Image import Image as Picture
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ._trl import RepeatSampler
 
@@ -96,21 +95,25 @@ class PromptCache:
 
     Args:
         encode (`Callable`): `prompts -> conditions`, a dictionary of tensors (B, ...).
-        denoiser (`nn.Module`): the conditions are given on its device.
+        device (`torch.device`): where the conditions are given.
         batch_size (`int`): prompts encoded at once.
         folder (`str` or `Path`, *optional*): keeps a file for each prompt, for later runs and other processes.
         name (`str`, *optional*): of what encodes; files of another name are not read.
+        together (`bool`, *optional*, defaults to `False`): whether `encode` is one of all processes, in shards. Then
+            they all call this together, and each encodes as many prompts as the one that lacks most.
     """
 
     def __init__(
         self,
         encode: Callable[[list[str]], dict[str, torch.Tensor]],
-        denoiser: nn.Module,
+        device: torch.device,
         batch_size: int,
         folder: str | Path | None = None,
         name: str = "",
+        together: bool = False,
     ):
-        self.encode, self.denoiser, self.batch_size, self.name = encode, denoiser, batch_size, name
+        self.encode, self.device, self.batch_size, self.name = encode, device, batch_size, name
+        self.together = together
         self.folder = Path(folder) if folder is not None else None
         self.conditions = OrderedDict()
 
@@ -119,10 +122,15 @@ class PromptCache:
         distinct = dict(zip(keys, prompts, strict=True))
         encoded = {key: self._remembered(key) for key in distinct}
         missing = [key for key, condition in encoded.items() if condition is None]
+        if self.together:
+            most = int(gather(torch.tensor([len(missing)], device=self.device)).max())
+            missing += keys[:1] * (most - len(missing))
         for start in range(0, len(missing), self.batch_size):
             chunk = missing[start : start + self.batch_size]
             condition = self.encode([distinct[key] for key in chunk])
             for i, key in enumerate(chunk):
+                if encoded[key] is not None:
+                    continue
                 encoded[key] = {name: value[i].cpu() for name, value in condition.items()}
                 if self.folder is not None:
                     self.folder.mkdir(parents=True, exist_ok=True)
@@ -131,8 +139,7 @@ class PromptCache:
         each = sum(value.nbytes for value in encoded[keys[0]].values())  # one is as large as another
         while len(self.conditions) > min(PROMPT_CACHE_SIZE, PROMPT_CACHE_BYTES // max(each, 1)):
             self.conditions.popitem(last=False)
-        device = next(self.denoiser.parameters()).device
-        return {name: torch.stack([encoded[k][name] for k in keys]).to(device) for name in encoded[keys[0]]}
+        return {name: torch.stack([encoded[k][name] for k in keys]).to(self.device) for name in encoded[keys[0]]}
 
     def _remembered(self, key: str) -> dict[str, torch.Tensor] | None:
         if key in self.conditions or self.folder is None:
@@ -182,10 +189,11 @@ def prompt_caches(family, config, base_model: str) -> tuple[PromptCache, PromptC
         with family.encoders_at_hand():
             return family.encode_negative_prompts(prompts)
 
-    rest = family.denoiser, config.per_device_eval_batch_size, config.prompt_cache_dir
+    rest = config.device, config.per_device_eval_batch_size, config.prompt_cache_dir
+    together = bool(family.sharded_encoders)
     return (
-        PromptCache(encode, *rest, name if against is None else f"{name} against {against!r}"),
-        PromptCache(encode_negative, *rest, f"{name} negative"),
+        PromptCache(encode, *rest, name if against is None else f"{name} against {against!r}", together),
+        PromptCache(encode_negative, *rest, f"{name} negative", together),
     )
 
 

@@ -136,7 +136,7 @@ class RdmDistillTrainer(Trainer):
         absorbs = config.num_teacher_images > 0 and config.teacher_guidance_scale > 1 and self.family.has_guidance()
         roles = make_roles(self.family, peft_config, teacher_lora, student_lora)
         if sharding.is_asked_for():
-            sharding.shard(roles, config.device)
+            sharding.shard(roles, self.family, config.device, not config.offload_encoders)
         self.encode, self.encode_negative = prompt_caches(self.family, config, self.base_model)
         self.teacher_lora, self.student_lora = (path and str(path) for path in (teacher_lora, student_lora))
 

@@ -4,6 +4,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -177,6 +178,43 @@ def test_what_is_gathered_of_nested_blocks():
     outside = plan.size_of(unet) - plan.size_of(*alone) - plan.size_of(unet.up_blocks)
     largest = max(own + max(map(plan.size_of, leaves(block))), *map(plan.size_of, alone))
     assert plan.gathered_size(unet) == outside + 2 * largest
+
+
+def test_encoders_are_in_shards_with_the_base():
+    """What a process really holds of them, tests/distributed compares."""
+
+    def load():
+        return plan.load_without_weights(DEMO_PIPELINE)
+
+    family = family_of(load())
+    part, gathered = plan.encoders_in_shards(family, 8)
+    encoder, four = load().text_encoder, plan.memory_of(load(), 4, True)
+    assert four.encoders / 8 <= part < four.encoders / 7 and gathered == plan.gathered_size(encoder)
+    base = dict(denoiser=plan.sizes_of_base(family.denoiser, 8)["shards"], base="shards")
+    needed = replace(four, encoders=part, activations=max(four.activations, gathered), **base)
+    found, settings, fits = plan.choose(load, (needed.total + 1) / plan.GIB, 8)
+    assert fits and found == needed and not settings["offload_encoders"]
+    # What does not fit says the least, which is not the last.
+    found, _, fits = plan.choose(load, 1e-9, 8)
+    assert not fits and found.total <= needed.total
+    # One whose class names no blocks stays whole, and so does one in fewer bits.
+    with patch.object(family.pipeline.text_encoder, "_no_split_modules", None):
+        assert plan.encoders_in_shards(family, 8) == (four.encoders, 0)
+    family.pipeline.text_encoder.is_quantized = True
+    assert plan.encoders_in_shards(family, 8) == (four.encoders, 0)
+
+
+def test_a_discriminators_pass_in_shards_goes_to_the_end():
+    ends, goes_on = (
+        plan.memory_of(
+            plan.load_without_weights(DEMO_PIPELINE), 4, False, with_discriminator=True, in_shards=in_shards
+        )
+        for in_shards in (False, True)
+    )
+    assert goes_on.activations > ends.activations and goes_on.adapters == ends.adapters
+    with patch.object(plan, "memory_of", wraps=plan.memory_of) as asked:
+        plan.choose(lambda: plan.load_without_weights(DEMO_PIPELINE), 1e-9, 8, with_discriminator=True)
+    assert {call.kwargs["in_shards"] for call in asked.call_args_list} == {False, True}
 
 
 def test_shards_come_before_bits(capsys):

@@ -76,7 +76,7 @@ def test_prompts_are_encoded_once_for_all_runs(tmp_path):
         return {"prompt_embeds": torch.tensor([[float(len(p)), 1.0] for p in prompts]).bfloat16()}
 
     def cache(name="a"):
-        return PromptCache(encode, torch.nn.Linear(1, 1), 2, tmp_path / "cache", name)
+        return PromptCache(encode, torch.device("cpu"), 2, tmp_path / "cache", name)
 
     first = cache()
     expected = {"prompt_embeds": torch.tensor([[11.0, 1.0], [7.0, 1.0], [11.0, 1.0]]).bfloat16()}

@@ -119,6 +119,19 @@ def capture(blocks: list[nn.Module], stop: bool = False):
             handle.remove()
 
 
+def reaches(output: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether a gradient of `output` would come to the leaf `x`. None is computed, which some networks could not."""
+    leaf, met, ahead = torch.autograd.graph.get_gradient_edge(x).node, set(), [output.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is leaf:
+            return True
+        if node is not None and node not in met:
+            met.add(node)
+            ahead += [following for following, _ in node.next_functions]
+    return False
+
+
 def blocks_that_see(blocks: list[nn.Module], run: Callable, x_t: torch.Tensor) -> tuple[list[nn.Module], list[int]]:
     """
     Those of `blocks` whose output depends on `x_t` (B, ...), `NUM_BLOCKS` of them at most, and their channels: some
@@ -131,14 +144,10 @@ def blocks_that_see(blocks: list[nn.Module], run: Callable, x_t: torch.Tensor) -
         x_t = x_t.detach().requires_grad_(True)
         run(x_t)
 
-    def sees(output) -> bool:
-        if output is None or not output.requires_grad:
-            return False
-        return torch.autograd.grad(output.float().sum(), x_t, retain_graph=True, allow_unused=True)[0] is not None
-
-    seeing = spread([(b, positions(out).shape[2]) for b, out in zip(blocks, outputs, strict=True) if sees(out)])
-    if not seeing:
+    found = [(b, out) for b, out in zip(blocks, outputs, strict=True) if out is not None and reaches(out, x_t)]
+    if not found:
         raise ValueError("`adversarial_weight` needs features of the denoiser, but no block of it sees the image.")
+    seeing = spread([(block, positions(output).shape[2]) for block, output in found])
     return [block for block, _ in seeing], [width for _, width in seeing]
 
 

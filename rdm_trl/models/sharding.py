@@ -1,10 +1,11 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """
-The frozen base in shards: each process holds a part of every weight, and gathers a block's weights while it runs.
+The frozen base in shards, and the text encoders: each process holds a part of every weight, and gathers a block's
+weights while it runs.
 
 By PyTorch's `fully_shard`, switched on by accelerate's FSDP2 configuration. The adapters stay whole in every process,
-so that training, average, saving and resuming are as under DDP. What differs: a pass of the denoiser is collective.
-All processes have to make the same number of them, whatever their batches.
+so that training, average, saving and resuming are as under DDP. What differs: a pass of the denoiser, or of an
+encoder, is collective. All processes have to make the same number of them, whatever their batches.
 """
 
 import os
@@ -18,6 +19,7 @@ from accelerate.utils import gather, is_torch_version, parse_flag_from_env
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .pipelines.base import PipelineFamily
 from .roles import NetworkRoles, Roles
 
 
@@ -73,20 +75,31 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: it names none.
     """
-    names = {*(getattr(denoiser, "_repeated_blocks", None) or ()), *(denoiser._no_split_modules or ())}
-    blocks = [module for module in denoiser.modules() if type(module).__name__ in names and module is not denoiser]
+    blocks = named_blocks(denoiser)
     if not blocks:
         raise ValueError(
             f"{type(denoiser).__name__} cannot be in shards: its class names no blocks (`_no_split_modules`)."
         )
-    return blocks[::-1]
+    return blocks
 
 
-def shard(roles: NetworkRoles, device: torch.device):
+def named_blocks(network: nn.Module) -> list[nn.Module]:
+    """As `blocks_of`, and none where the class names none."""
+    names = {name for kind in ("_repeated_blocks", "_no_split_modules") for name in getattr(network, kind, None) or ()}
+    return [module for module in network.modules() if type(module).__name__ in names and module is not network][::-1]
+
+
+def encoders_for_shards(family: PipelineFamily) -> list[nn.Module]:
+    """The text encoders that can be in shards; the others, whose classes name no blocks, or quantized, stay whole."""
+    return [e for e in family.encoders() if named_blocks(e) and not getattr(e, "is_quantized", False)]
+
+
+def shard(roles: NetworkRoles, family: PipelineFamily, device: torch.device, with_encoders: bool):
     """
     Moves the base of `roles`, which is on the CPU, to `device` in shards over all processes, block after block: no
-    device ever holds more than one of them beside its shards. With accelerate's `fsdp_offload_params` the shards stay
-    in the computer's memory. Called by all processes.
+    device ever holds more than one of them beside its shards. So it does `with_encoders` the text encoders of
+    `family`. With accelerate's `fsdp_offload_params` the shards stay in the computer's memory. Called by all
+    processes.
 
     Raises:
         ValueError: whole networks are trained, the base is quantized, or there is but one process.
@@ -104,7 +117,10 @@ def shard(roles: NetworkRoles, device: torch.device):
         raise ValueError("One process has nobody to share the base with: launch without FSDP, or more processes.")
     adapters = roles.lora_parameters()
     offloads = parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
-    blocks = blocks_of(denoiser)
+    networks = {denoiser: blocks_of(denoiser)}
+    if with_encoders:
+        family.sharded_encoders = encoders_for_shards(family)
+        networks |= {encoder: named_blocks(encoder) for encoder in family.sharded_encoders}
     options = dict(
         mesh=init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
         reshard_after_forward=True,
@@ -113,12 +129,15 @@ def shard(roles: NetworkRoles, device: torch.device):
     )
     for parameter in adapters:
         parameter.data = parameter.data.to(device)
-    for module in (*blocks, denoiser):
-        fully_shard(module, **options)
-    if offloads:
-        # Pipelines ask the denoiser where to compute, and its parameters would answer: on the CPU.
-        own = type(denoiser)
-        denoiser.__class__ = type(own.__name__, (own,), {"device": property(lambda self: device)})
+    # Pipelines ask a network where to compute, and its parameters would answer: on the CPU.
+    properties = {"device": property(lambda self: device)} if offloads else {}
+    for network, blocks in networks.items():
+        own = type(network)
+        for module in (*blocks, network):
+            fully_shard(module, **options)
+        # Under its own name, by which transformers knows what its class can put out.
+        name = {"__module__": own.__module__, "__qualname__": own.__qualname__}
+        network.__class__ = type(own.__name__, (type(network),), name | properties)
     kept_whole = {id(parameter) for parameter in adapters}
     names = [name for name, parameter in roles.named_parameters() if id(parameter) not in kept_whole]
     roles._ddp_params_and_buffers_to_ignore += names
@@ -131,6 +150,14 @@ def wrap(trainer, roles: Roles) -> DistributedDataParallel:
     roles = accelerator.prepare_model(roles, device_placement=False, evaluation_mode=True)  # only its autocast
     kwargs = accelerator.ddp_handler.to_kwargs() if accelerator.ddp_handler is not None else {}
     return DistributedDataParallel(roles, **kwargs)
+
+
+def gather_outer_weights(roles: Roles):
+    """
+    Makes the weights outside of all blocks whole until the end of the next backward pass, which begins inside of the
+    denoiser: one from its output would gather them by itself. Called by all processes.
+    """
+    roles.denoiser.unshard()
 
 
 @torch.no_grad()

@@ -4,8 +4,10 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
@@ -14,12 +16,16 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import make_config, make_tiny_pipeline, redness  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from tiny_editing import make_kontext, picture  # noqa: E402
-from tiny_pipelines import make_sd3  # noqa: E402
+from tiny_editing import make_kontext, make_qwen_edit, picture, shrink_qwen  # noqa: E402
+from tiny_pipelines import make_sd3, make_z_image  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.testing import assert_close  # noqa: E402
 
 from rdm_trl import RdmDistillTrainer, evaluation, plan  # noqa: E402
+from rdm_trl.models import sharding  # noqa: E402
 from rdm_trl.models.pipelines import family_of  # noqa: E402
+from rdm_trl.models.roles import Roles  # noqa: E402
+from rdm_trl.prompts import PicturePrompt, PromptCache  # noqa: E402
 
 
 PIPELINES = {"unet": make_tiny_pipeline, "sd3": make_sd3, "kontext": make_kontext}
@@ -69,10 +75,27 @@ def make(way: str, name: str, folder: Path, rewards=(redness,), **options) -> Rd
     return trainer
 
 
-def bytes_of_base(trainer) -> int:
-    parameters = trainer.model.frozen_parameters()
+def bytes_of(parameters) -> int:
     local = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
     return sum(p.numel() * p.element_size() for p in local)
+
+
+def bytes_held(trainer) -> list[int]:
+    """Of the base, and of the text encoders."""
+    encoders = trainer.family.encoders()
+    return [bytes_of(trainer.model.frozen_parameters()), bytes_of(p for e in encoders for p in e.parameters())]
+
+
+def count_draws(trainer) -> list[int]:
+    """The pipeline's calls from now on, by their number of prompts."""
+    drawn, sample = [], trainer.family.sample_latents
+
+    def sample_latents(scheduler, prompts, *rest):
+        drawn.append(len(prompts))
+        return sample(scheduler, prompts, *rest)
+
+    trainer.family.sample_latents = sample_latents
+    return drawn
 
 
 def save(trainer, folder: Path, name: str):
@@ -82,6 +105,8 @@ def save(trainer, folder: Path, name: str):
         for role in trainer.model.adapters
         for key, value in trainer.model.adapter_state(role).items()
     }
+    if trainer.adversary is not None:
+        adapters |= {f"head.{key}": value for key, value in trainer.adversary.head.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapters, folder / f"{name}-{rank}.safetensors")
 
@@ -89,6 +114,8 @@ def save(trainer, folder: Path, name: str):
 def equal(way: str, folder: Path):
     """Four updates of each pipeline, with all that draws; and the last of them from a checkpoint."""
     found = {}
+    # Summed: a share of so small a push would blow up rounding errors.
+    real = dict(adversarial_weight=20.0, reward_mixing="sum")
     for name in PIPELINES:
         run, options = folder / name, dict(save_strategy="steps", save_steps=3)
         if name == "unet":
@@ -96,16 +123,21 @@ def equal(way: str, folder: Path):
             options |= dict(num_teacher_images=5, num_iterations=2, log_images_steps=3)
             # Convolutions round by where their weights lie in memory, and Adam would blow that up.
             options |= dict(optim="sgd", learning_rate=0.1, fake_learning_rate=0.1)
+            options |= dict(image_dataset=str(folder.parent / "real"), **real)
         elif name == "sd3":
             options |= dict(sample_guidance_scale=2.0, activation_checkpointing=True)
+            # Captions are encoded in batches, which the resumed run would meet in another order.
+            options |= dict(image_dataset=str(folder.parent / "captioned"), prompt_cache_dir=str(run / "said"), **real)
         trainer = make(way, name, run, **options)
-        found[name] = {"bytes": bytes_of_base(trainer), "planned": planned_bytes(name)}
+        found[name] = {"bytes": bytes_held(trainer), "planned": planned_bytes(name), "drawn": count_draws(trainer)}
         trainer.train()
         save(trainer, folder, name)
         trainer.evaluate()
         trainer.save_model()
         found[name]["figures"] = {who: trainer.metrics[who] for who in ("teacher", "base", "student")}
         found[name]["weights"] = trainer.teacher_weights
+        logs = ({k: v for k, v in log.items() if "advers" in k or "discr" in k} for log in trainer.state.log_history)
+        found[name]["adversary"] = [log for log in logs if log]
         if way == "shards":
             again = make(way, name, run, **options)
             again.train(resume_from_checkpoint=str(run / "run" / "checkpoint-3"))
@@ -115,9 +147,10 @@ def equal(way: str, folder: Path):
     (folder / f"found-{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
-def planned_bytes(name: str) -> int:
-    """What `plan` says that the first process, whose part is the largest, holds of the base, in float32."""
-    return plan.shard_size(family_of(PIPELINES[name]()).denoiser, 2)
+def planned_bytes(name: str) -> list[int]:
+    """What `plan` says that the first process, whose part is the largest, holds of them, in float32."""
+    family = family_of(PIPELINES[name]())
+    return [plan.shard_size(family.denoiser, 2), plan.encoders_in_shards(family, 2)[0]]
 
 
 def cross(way: str, folder: Path):
@@ -135,13 +168,30 @@ def offload(folder: Path):
     assert trainer.family.denoiser.device == trainer.accelerator.device
 
 
+def encode(make_pipeline):
+    """Text encoders in shards, of other prompts on each process."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_qwen(patch)
+        family = family_of(make_pipeline(), 16, 16)
+        prompts = [PicturePrompt(*row) for row in zip(*ROWS.values(), strict=True)]
+        whole = family.encode_prompts(prompts)
+        roles = Roles(family.denoiser, LoraConfig(r=2, target_modules=family.lora_target_modules))
+        sharding.shard(roles, family, torch.device("cpu"), with_encoders=True)
+        own = prompts[: 1 + 2 * int(os.environ["RANK"])]
+        found = PromptCache(family.encode_prompts, torch.device("cpu"), 2, together=True)(own)
+        for key, value in found.items():
+            assert_close(value, whole[key][: len(own)], atol=1e-6, rtol=1e-6)
+
+
 def fail(folder: Path):
     def broken(images, prompts, metadata):
         if torch.distributed.get_rank() == 1 and trainer.state.global_step == 1:
             raise RuntimeError("out of ink")
         return redness(images, prompts, metadata)
 
-    trainer = make("shards", "sd3", folder, [broken])
+    trainer = make("shards", "sd3", folder, [broken], offload_encoders=True)
+    assert not trainer.family.sharded_encoders
     (folder / "begun").touch()
     trainer.train()
 
@@ -149,9 +199,17 @@ def fail(folder: Path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
+    if os.environ["RANK"] == "0":
+        Dataset.from_dict({"image": ROWS["image"]}).save_to_disk(folder / "real")
+        Dataset.from_dict(ROWS).save_to_disk(folder / "captioned")
+        (folder / "written").touch()
+    while not (folder / "written").exists():
+        time.sleep(0.1)
     for way in ("ddp", "shards"):
         equal(way, folder / way)
     for way in ("ddp", "shards"):
         cross(way, folder / way)
+    encode(make_qwen_edit)  # several passes for several prompts
+    encode(make_z_image)  # its encoder's outputs transformers finds by the name of its class
     offload(folder / "offload")
     fail(folder)  # which ends both

@@ -146,6 +146,17 @@ def test_features_of_any_form():
         adversarial.feature_blocks(nn.Linear(1, 1))
 
 
+def test_blocks_that_do_not_see_the_image_are_not_looked_at():
+    """One that refines the prompt alone has a graph too, where an adapter in it is trained."""
+    prompt, image, unused = nn.Linear(3, 5), nn.Linear(2, 4), nn.Linear(2, 2)
+    blocks, widths = adversarial.blocks_that_see(
+        [prompt, image, unused], lambda x_t: image(x_t) * prompt(torch.ones(1, 3)).sum(), torch.randn(1, 2)
+    )
+    assert blocks == [image] and widths == [4]
+    with pytest.raises(ValueError, match="no block of it sees the image"):
+        adversarial.blocks_that_see([prompt], lambda x_t: prompt(torch.ones(1, 3)), torch.randn(1, 2))
+
+
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 

@@ -44,6 +44,7 @@ class PipelineFamily:
         latent_shape (`tuple[int]`): of one image's latents, in the form that the denoiser takes them.
         num_frames (`int`, *optional*): of a video family's videos, which stand for images everywhere; else `None`.
         student_guidance_scale (`float`): `guidance_scale` of the student's plain pipeline call.
+        sharded_encoders (`list[nn.Module]`): those in shards, each pass of which is one of all processes.
         encoder_loras (`dict`): LoRAs, as (config, weights), that prompts are encoded with, by the encoders' names.
 
     Raises:
@@ -94,6 +95,7 @@ class PipelineFamily:
         self.student_scheduler = None
         self.student_grid = {}
         self.offloads_encoders = False
+        self.sharded_encoders = []
         self.encoder_loras = {}
 
     def check_conditions(self):
@@ -113,7 +115,7 @@ class PipelineFamily:
         """Puts the pipeline on `device`; with `offload_encoders` without its text encoders, and without shards."""
         if sharded:  # the denoiser is where it belongs
             for module in (self.pipeline.components.get("vae"), *self.encoders()):
-                if module is not None:
+                if module is not None and module not in self.sharded_encoders:
                     module.to(device)
         else:
             self.pipeline.to(device)
