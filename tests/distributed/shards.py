@@ -1,5 +1,5 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""One of the two processes of test_shards.py: `shards.py FOLDER`. Each run under DDP, and with the base in shards."""
+"""One of the two processes of test_shards.py. Each run under DDP, and with the base in shards."""
 
 import json
 import os
@@ -146,9 +146,8 @@ def fail(folder: Path):
     trainer.train()
 
 
-if __name__ == "__main__":
+def main(folder: Path, tasks: list[str]):
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
     for way in ("ddp", "shards"):
         equal(way, folder / way)
     for way in ("ddp", "shards"):
