@@ -15,7 +15,7 @@ from rdm_trl.demo import DEMO_PROMPTS
 
 
 SHORT = "--max_steps 2 --num_eval_images 8 --teacher_num_steps 2 --log_images_steps 0 --use_cpu".split()
-SHORT += "--num_teacher_images 4".split()
+SHORT += "--num_teacher_images 4 --per_device_train_batch_size 4".split()
 
 
 def load_example(name: str = "train_gndm"):
