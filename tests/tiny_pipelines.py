@@ -104,13 +104,13 @@ def make_sdxl(**options):
     )
 
 
-def make_sd3(**options):
+def make_sd3(num_layers=2, **options):
     (text_encoder, tokenizer), (text_encoder_2, tokenizer_2) = clip(1), clip(2)
     transformer = SD3Transformer2DModel(
         sample_size=4,
         in_channels=4,
         out_channels=4,
-        num_layers=2,
+        num_layers=num_layers,
         attention_head_dim=8,
         num_attention_heads=2,
         joint_attention_dim=32,

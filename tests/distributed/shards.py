@@ -1,5 +1,5 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""One of the two processes of test_shards.py: `shards.py FOLDER`. Each run under DDP, and with the base in shards."""
+"""One of the two processes of test_shards.py. Each run under DDP, and with the base in shards."""
 
 import json
 import os
@@ -196,9 +196,8 @@ def fail(folder: Path):
     trainer.train()
 
 
-if __name__ == "__main__":
+def main(folder: Path, tasks: list[str]):
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
     if os.environ["RANK"] == "0":
         Dataset.from_dict({"image": ROWS["image"]}).save_to_disk(folder / "real")
         Dataset.from_dict(ROWS).save_to_disk(folder / "captioned")

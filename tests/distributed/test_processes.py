@@ -1,41 +1,27 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""Two real CPU processes, started as torchrun and `accelerate launch` start them."""
-
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
+"""Two real CPU processes, started by the agent of torchrun and `accelerate launch`."""
 
 import pytest
 import worker
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from two import launch
 
 from rdm_trl.saving.checkpoint import last_complete_checkpoint
 
 
-def launch(folder: Path, *tasks: str) -> tuple[int, str, float]:
-    """Exit status, errors and the time of the end."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker.__file__]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command += [str(folder), *tasks]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    return result.returncode, result.stderr, time.time()
-
-
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """In one launch what can be: most of its time is Python's start. The last task fails, which ends both."""
+def launches(tmp_path_factory):
+    """Two launches, in one what can be: the last task of each fails, which ends both processes."""
     folder = tmp_path_factory.mktemp("launched")
-    returncode, errors, end = launch(folder, "same_samples", "guided", "resume", "stop", "fail")
-    assert (folder / "fail" / "begun").exists(), errors[-3000:]
-    return folder, returncode, errors, end
+    together, kill = launch(folder, "worker", "same_samples,guided,resume,stop,fail", "kill")
+    assert (folder / "fail" / "begun").exists(), together[1][-3000:]
+    return folder, together, kill
 
 
-def test_two_processes_are_one_with_accumulation(launched, tmp_path):
+def test_two_processes_are_one_with_accumulation(launches, tmp_path):
     worker.same_samples(tmp_path)
-    folder = launched[0] / "same_samples"
+    folder = launches[0] / "same_samples"
     first, second = (load_file(folder / f"same-{rank}-of-2.safetensors") for rank in range(2))
     start, alone = (load_file(tmp_path / f"{name}-0-of-1.safetensors") for name in ("start", "same"))
     for key, value in first.items():
@@ -45,11 +31,11 @@ def test_two_processes_are_one_with_accumulation(launched, tmp_path):
         assert max((alone[key] - start[key]).abs().max() for key in start if key.startswith(role)) > 1e-4
 
 
-def test_two_processes_absorb_what_one_does(launched, tmp_path):
+def test_two_processes_absorb_what_one_does(launches, tmp_path):
     worker.guided(tmp_path)
 
     def read(name, rank, world):
-        folder = tmp_path if world == 1 else launched[0] / "guided"
+        folder = tmp_path if world == 1 else launches[0] / "guided"
         return load_file(folder / f"{name}-{rank}-of-{world}.safetensors")
 
     for rank in range(2):
@@ -60,8 +46,8 @@ def test_two_processes_absorb_what_one_does(launched, tmp_path):
     assert read("first", 0, 1)["target"].abs().max() > 1e-2
 
 
-def test_two_processes_resume_between_two_uses_of_a_rollout(launched):
-    folder = launched[0] / "resume"
+def test_two_processes_resume_between_two_uses_of_a_rollout(launches):
+    folder = launches[0] / "resume"
     for rank in range(2):
         whole, resumed = (load_file(folder / f"{name}-{rank}-of-2.safetensors") for name in ("whole", "resumed"))
         for key, value in whole.items():
@@ -71,19 +57,19 @@ def test_two_processes_resume_between_two_uses_of_a_rollout(launched):
     assert all(other[key].equal(value) for key, value in whole.items())
 
 
-def test_a_signal_to_one_process_ends_both_with_a_checkpoint(launched):
-    folder = launched[0] / "stop"
+def test_a_signal_to_one_process_ends_both_with_a_checkpoint(launches):
+    folder = launches[0] / "stop"
     assert (folder / "stopped-0").exists() and (folder / "stopped-1").exists()
 
 
-def test_a_reward_that_fails_on_one_process_ends_all(launched):
-    folder, returncode, errors, end = launched
-    assert returncode != 0 and end - (folder / "fail" / "begun").stat().st_mtime < 60
+def test_a_reward_that_fails_on_one_process_ends_all(launches):
+    folder, (failed, errors, end), _ = launches
+    assert failed and end - (folder / "fail" / "begun").stat().st_mtime < 60
     assert "out of ink" in errors and "broken" in errors
 
 
-def test_one_killed_process_ends_all_and_leaves_a_checkpoint(tmp_path):
-    returncode, errors, end = launch(tmp_path, "kill")
-    assert returncode != 0 and end - (tmp_path / "kill" / "begun").stat().st_mtime < 60
+def test_one_killed_process_ends_all_and_leaves_a_checkpoint(launches):
+    folder, _, (failed, errors, end) = launches
+    assert failed and end - (folder / "kill" / "begun").stat().st_mtime < 60
     assert "SIGKILL" in errors or "exitcode: -9" in errors
-    assert last_complete_checkpoint(tmp_path / "kill" / "run").name in ("checkpoint-1", "checkpoint-2")
+    assert last_complete_checkpoint(folder / "kill" / "run").name in ("checkpoint-1", "checkpoint-2")

@@ -2,18 +2,14 @@
 """The base in shards over two real CPU processes, against DDP."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from two import launch
 
 
-WORKER = str(Path(__file__).with_name("shards.py"))
 WAYS = ("ddp", "shards")
 
 
@@ -53,17 +49,11 @@ def check_pipeline(folder: Path, name: str):
 
 
 def test_shards_are_ddp_with_half_of_the_base(tmp_path):
-    """In one test: most of a launch's time is Python's start."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment |= {"FSDP_VERSION": "2", "HF_HOME": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [*run, WORKER, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=280
-    )
-    end = time.time()
-    assert (tmp_path / "begun").exists(), result.stderr[-3000:]
+    environment = {"FSDP_VERSION": "2", "HF_HOME": str(tmp_path / "cache")}
+    ((failed, errors, end),) = launch(tmp_path, "shards", "all", **environment)
+    assert (tmp_path / "begun").exists(), errors[-3000:]
     # An error on one process ends all.
-    assert result.returncode != 0 and "out of ink" in result.stderr
+    assert failed and "out of ink" in errors
     assert end - (tmp_path / "begun").stat().st_mtime < 60
     for name in ("unet", "sd3", "kontext"):
         check_pipeline(tmp_path, name)

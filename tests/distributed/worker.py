@@ -1,5 +1,5 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
-"""One of the processes of test_processes.py: `worker.py FOLDER TASK...`, each task in a folder of its own."""
+"""One of the processes of test_processes.py, each of its tasks in a folder of its own."""
 
 import os
 import signal
@@ -179,13 +179,9 @@ def kill(folder: Path):
     trainer.train()
 
 
-if __name__ == "__main__":
+def main(folder: Path, tasks: list[str]):
     torch.set_num_threads(1)
-    for name in sys.argv[2:]:
-        folder = Path(sys.argv[1]) / name
-        folder.mkdir(exist_ok=True)
-        {task.__name__: task for task in (same_samples, guided, resume, stop, fail, kill)}[name](folder)
-    PartialState().destroy_process_group()
-    # Gloo's threads abort the interpreter's end now and then, when all is done: "terminate called without an active".
-    sys.stdout.flush()
-    os._exit(0)
+    for task in (same_samples, guided, resume, stop, fail, kill):
+        if task.__name__ in tasks:
+            (folder / task.__name__).mkdir(exist_ok=True)
+            task(folder / task.__name__)

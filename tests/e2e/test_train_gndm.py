@@ -15,7 +15,7 @@ from rdm_trl.demo import DEMO_PROMPTS
 
 
 SHORT = "--max_steps 2 --num_eval_images 8 --teacher_num_steps 2 --log_images_steps 0 --use_cpu".split()
-SHORT += "--num_teacher_images 4".split()
+SHORT += "--num_teacher_images 4 --per_device_train_batch_size 4".split()
 
 
 def load_example(name: str = "train_gndm"):
@@ -24,20 +24,20 @@ def load_example(name: str = "train_gndm"):
 
 def test_a_minute_of_training_brings_the_student_nearer_to_teacher_and_data(tmp_path):
     """
-    From where every run starts, with a tenth of the main job's updates at twice its rate; measured in the
+    From where every run starts, with few of the main job's updates, at three times its rate; measured in the
     classifier's features, which training does not look at, against the real test images and against the guided
     teacher's samples of other noise.
     """
     config = RdmDistillConfig(
         str(tmp_path),
-        max_steps=36,
-        learning_rate=1e-3,
-        fake_learning_rate=1e-3,
+        max_steps=24,
+        learning_rate=1.5e-3,
+        fake_learning_rate=1.5e-3,
         sample_guidance_scale=1.0,
         teacher_guidance_scale=1.75,
-        teacher_num_steps=12,
-        num_teacher_images=100,
-        ema_decay=0.9,
+        teacher_num_steps=10,
+        num_teacher_images=60,
+        ema_decay=0.85,
         log_images_steps=0,
         save_strategy="no",
         per_device_eval_batch_size=120,
@@ -58,7 +58,7 @@ def test_a_minute_of_training_brings_the_student_nearer_to_teacher_and_data(tmp_
     after = distances()
     print(before, after)
     for start, end in zip(before, after, strict=True):
-        assert end < 0.85 * start
+        assert end < 0.88 * start
 
 
 def test_resuming_from_the_command_line(tmp_path):
