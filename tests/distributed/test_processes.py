@@ -71,5 +71,6 @@ def test_a_reward_that_fails_on_one_process_ends_all(launches):
 def test_one_killed_process_ends_all_and_leaves_a_checkpoint(launches):
     folder, _, (failed, errors, end) = launches
     assert failed and end - (folder / "kill" / "begun").stat().st_mtime < 60
-    assert "SIGKILL" in errors or "exitcode: -9" in errors
+    # Whichever process the agent hears of first: the killed one, or the one that lost it.
+    assert any(said in errors for said in ("SIGKILL", "exitcode: -9", "Connection closed by peer"))
     assert last_complete_checkpoint(folder / "kill" / "run").name in ("checkpoint-1", "checkpoint-2")

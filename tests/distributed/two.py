@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -27,6 +28,20 @@ def launch(folder: Path, module: str, *launches: str, **environment: str) -> lis
     return [(end["failed"], log, end["time"]) for log, end in zip(logs, ends, strict=True)]
 
 
+def told(main):
+    """`main`, which says what it fails by: the agent tells of one process alone, and not always of the first."""
+
+    def run(*arguments):
+        try:
+            main(*arguments)
+        except Exception:
+            traceback.print_exc()
+            sys.stderr.flush()
+            raise
+
+    return run
+
+
 if __name__ == "__main__":
     folder, module = Path(sys.argv[1]), importlib.import_module(sys.argv[2])
     options = dict(
@@ -38,7 +53,7 @@ if __name__ == "__main__":
         config = LaunchConfig(**options, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id=tasks)
         failed = False
         try:
-            elastic_launch(config, module.main)(folder, tasks.split(","))
+            elastic_launch(config, told(module.main))(folder, tasks.split(","))
         except ChildFailedError as error:
             failed = True
             print(error, file=sys.stderr, flush=True)
