@@ -109,12 +109,16 @@ def cache(tmp_path_factory):
         yield
 
 
+def leave_threads(number: int):
+    """In the place of `torch.set_num_threads`, and found by its name in processes that a test starts."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Also where a script takes all cores: it would take them for all later tests of this process too."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "set_num_threads", lambda number: None)
+        patch.setattr(torch, "set_num_threads", leave_threads)
         yield
 
 

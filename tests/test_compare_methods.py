@@ -1,8 +1,6 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+import importlib
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -67,12 +65,12 @@ def test_seconds_of_updates_are_measured_once(tmp_path, monkeypatch):
 
 def test_runs_side_by_side_end_where_one_alone_does(tmp_path, monkeypatch):
     """In processes of their own, against this one."""
-    command = [str(ROOT / "examples" / "compare_methods.py"), "--methods", "gndm", "--num_images", "8"]
-    command += ["--eval_steps", "2", "--set", *SMALL.split()]
-    two = [*command, "--output_dir", str(tmp_path / "two"), "--workers", "2", "--seeds", "0", "1"]
-    subprocess.run([sys.executable, *two], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    monkeypatch.setattr("sys.argv", [*command, "--output_dir", str(tmp_path / "one"), "--seeds", "1"])
-    load_script("examples/compare_methods.py").main()
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    script = importlib.import_module("compare_methods")  # which the other processes find by its name
+    command = "compare --methods gndm --num_images 8 --eval_steps 2 --set".split() + SMALL.split()
+    for folder, rest in (("two", "--workers 2 --seeds 0 1"), ("one", "--seeds 1")):
+        monkeypatch.setattr("sys.argv", [*command, "--output_dir", str(tmp_path / folder), *rest.split()])
+        script.main()
     paths = [tmp_path / name / "embedded" / "results.json" for name in ("two", "one")]
     found = [json.loads(path.read_text())["gndm-1"] for path in paths]
     for point in (found[0]["curve"][0], found[1]["curve"][0]):

@@ -279,8 +279,7 @@ def open_page(browser, file, **options):
     return page, complaints
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
 def test_a_browser_shows_the_report(width, scheme, browser, finished_run):
     viewport = {"width": width, "height": 800}
     page, complaints = open_page(browser, finished_run / "report.html", viewport=viewport, color_scheme=scheme)
