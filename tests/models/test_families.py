@@ -374,6 +374,10 @@ def test_what_a_student_of_videos_is_not_made_for_is_refused():
     pipeline.register_modules(transformer_2=pipeline.transformer)
     with pytest.raises(ValueError, match="two experts"):
         family_of(pipeline)
+    pipeline = make(CASES["wan"])
+    pipeline.transformer.register_to_config(image_dim=16)
+    with pytest.raises(ValueError, match="Load it as a WanImageToVideoPipeline"):
+        family_of(pipeline)
     noisy = make_ltx(vae_options={"decoder_inject_noise": (True, False, False)})
     with pytest.raises(ValueError, match="decoder_inject_noise"):
         family_of(noisy)
