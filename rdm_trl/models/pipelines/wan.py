@@ -47,16 +47,12 @@ class WanFamily(VideoFamily):
     def shape_of_latents(self):
         return self.denoiser.config.out_channels, *self.latent_size()
 
-    def encode_words(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """The part of a condition that the prompt's words are."""
+    @torch.no_grad()
+    def encode_prompts(self, prompts):
         # The call's longest prompt is another than the method's.
         limit = {"max_sequence_length": 512, **self.prompt_limit}
         embeds, _ = self.pipeline.encode_prompt([*map(str, prompts)], do_classifier_free_guidance=False, **limit)
         return {"prompt_embeds": embeds}
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts):
-        return self.encode_words(prompts)
 
     def example_condition(self, batch_size):
         shape = batch_size, 512, self.denoiser.config.text_dim
@@ -134,7 +130,7 @@ class WanImageToVideoFamily(EditingFamily, WanFamily):
         return found
 
     def encode_negative_prompts(self, prompts):
-        return self.encode_words(prompts)
+        return WanFamily.encode_prompts(self, prompts)  # of words alone
 
     def halves(self, denoise, x_t, timesteps, condition, negative):
         return super().halves(denoise, x_t, timesteps, condition, {**condition, **negative})
