@@ -12,7 +12,7 @@ from conftest import make_tiny_pipeline, make_trainer
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
-from tiny_pipelines import CASES, family_for, make
+from tiny_pipelines import CASES, kept_activations, make
 
 from rdm_trl import plan
 from rdm_trl.cli import main
@@ -123,19 +123,8 @@ def test_checkpointing_and_batch_size():
 @pytest.mark.parametrize("name", CASES)
 def test_every_family_without_its_weights(name, tmp_path):
     """On the meta device a forward pass keeps what the real pipeline's keeps."""
-    pipeline = make(CASES[name])
-    pipeline.save_pretrained(tmp_path)
-    kept = []
-    for loaded in (pipeline, plan.load_without_weights(str(tmp_path), torch.float32)):
-        family = family_for(name, loaded)
-        if loaded is pipeline:
-            example = family.example_condition(4)
-            real = {k: torch.ones(v.shape, dtype=v.dtype) if v.is_meta else v for k, v in example.items()}
-            family.example_condition = lambda number, real=real: real
-        with torch.device(family.denoiser.device):
-            roles = Roles(family.denoiser, LoraConfig(r=2, target_modules=family.lora_target_modules))
-        kept.append(plan.saved_activations(family, roles, 4))
-    assert kept[1] == pytest.approx(kept[0], rel=0.1)
+    real, planned = kept_activations(CASES[name], tmp_path, 4)
+    assert planned == pytest.approx(real, rel=0.1)
 
 
 def test_offloaded_encoders_do_not_count():

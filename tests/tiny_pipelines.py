@@ -59,9 +59,10 @@ from transformers import (
     Qwen3Model,
 )
 
-from rdm_trl import RdmDistillTrainer
+from rdm_trl import RdmDistillTrainer, plan
 from rdm_trl.method import policy
 from rdm_trl.models.pipelines import PipelineFamily, family_of
+from rdm_trl.models.roles import Roles
 
 
 def tiny_vae(num_blocks=2, **options) -> AutoencoderKL:
@@ -461,6 +462,22 @@ def make_family_trainer(case: Case, tmp_path, pipeline, rewards=(redness,), lora
         train_dataset=Dataset.from_dict({"prompt": list(case.prompts)}),
         peft_config=LoraConfig(r=2, lora_alpha=6) if lora is None else lora,
     )
+
+
+def kept_activations(case: Case, folder: Path, batch_size: int) -> list[int]:
+    """What a forward pass keeps, in bytes: of the real pipeline, and of one without weights on the meta device."""
+    pipeline, kept = make(case), []
+    pipeline.save_pretrained(folder)
+    for loaded in (pipeline, plan.load_without_weights(str(folder), torch.float32)):
+        family = family_of(loaded, *case.size.values())
+        if loaded is pipeline:
+            example = family.example_condition(batch_size)
+            real = {k: torch.ones(v.shape, dtype=v.dtype) if v.is_meta else v for k, v in example.items()}
+            family.example_condition = lambda number, real=real: real
+        with torch.device(family.denoiser.device):
+            roles = Roles(family.denoiser, LoraConfig(r=2, target_modules=family.lora_target_modules))
+        kept.append(plan.saved_activations(family, roles, batch_size))
+    return kept
 
 
 def rollout_of(trainer, case, prompt, role):
