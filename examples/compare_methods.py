@@ -62,6 +62,9 @@ FORM = "METHOD[,OPTION=YAML...][+REWARD@WEIGHT...]"
 FIGURES = ("fid", "fid_teacher", "class_accuracy", "diversity")
 # The figures of all runs are taken on these images, whatever the seed of training.
 EVAL_SEED = 1_000_000
+# What all students are measured against: the teacher, the teacher again from other noise, and the base. A student that
+# cannot be told from the teacher has the distance of the second.
+CONSTANT = ("teacher", "again", "base")
 
 
 def parse_args():
@@ -175,7 +178,7 @@ def prompts_of(teacher: str | None) -> list[str]:
 
 
 class Measure:
-    """Figures of the student, and once of the teacher and the base, on the same images for all runs."""
+    """Figures of the student, and once of what does not change, on the same images for all runs."""
 
     def __init__(self, teacher: str | None, num_images: int, rewards: list[str]):
         prompts = prompts_of(teacher)
@@ -187,7 +190,8 @@ class Measure:
         key = (who, trainer.args.sample_num_steps if who == "base" else None)
         if key in self.known:
             return self.known[key]
-        images = trainer.sample(who, self.prompts, seed=EVAL_SEED)
+        again = who == "again"
+        images = trainer.sample("teacher" if again else who, self.prompts, seed=(1 + again) * EVAL_SEED)
         values, _ = self.score(images, self.prompts, [None] * len(self.prompts))
         named = {f"reward/{name}": v for name, v in zip(self.rewards, values.mean(0).tolist(), strict=True)}
         figures = {**self.judge(who, images, self.prompts), **named}
@@ -208,10 +212,10 @@ def make_trainer(teacher: str | None, options: dict, folder: Path, callbacks: li
 
 
 def run(measure, teacher: str | None, options: dict, checkpoint: Path | None, folder: Path, eval_steps: int) -> dict:
-    """One training run in `folder`, from `checkpoint`: its curve, the figures of teacher and base, and its cost."""
+    """One training run in `folder`, from `checkpoint`: its curve, the figures of what never changes, and its cost."""
     curve = CurveCallback(measure, eval_steps)
     curve.trainer = trainer = make_trainer(teacher, options, folder, [curve])
-    constant = {who: measure(trainer, who) for who in ("teacher", "base")}
+    constant = {who: measure(trainer, who) for who in CONSTANT}
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     return {"curve": curve.curve, **constant, "cost": trainer.cost}
 
@@ -243,9 +247,9 @@ def table(results: dict, methods: list[str], seeds: list[int], names: list[str])
     first = results[f"{methods[0]}-{seeds[0]}"]
     header = ["", *names, "worst fid_teacher", "rollouts"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for who in ("teacher", "base"):
+    for who in filter(first.get, CONSTANT):  # runs of older versions know of no other noise
         cells = [f"{first[who][name]:.3f}" if name in first[who] else "" for name in names]
-        lines.append(f"| {who} | " + " | ".join(cells) + " | | |")
+        lines.append(f"| {'teacher, other noise' if who == 'again' else who} | " + " | ".join(cells) + " | | |")
     for method in methods:
         values = [last(results, method, seeds, name) for name in names]
         cells = [f"{v.mean():.3f}" + (f" ± {v.std(ddof=1):.3f}" if len(v) > 1 else "") for v in values]
@@ -421,7 +425,7 @@ def compare(args, teacher: str | None, changes: dict, output_dir: Path):
     todo = [(m, s) for s in args.seeds for m in methods if not (runs / f"{m}-{s}.json").exists()]
     if todo and args.workers > 1:  # what all runs are measured against, once and not in each process
         trainer = make_trainer(teacher, options, output_dir / "constant", [])
-        for who in ("teacher", "base"):
+        for who in CONSTANT:
             measure(trainer, who)
     # Those with rewards set out from where the plain ones stop.
     waves = [[run_ for run_ in todo if (plain(run_[0]) == run_[0]) == is_plain] for is_plain in (True, False)]

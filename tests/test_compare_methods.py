@@ -40,6 +40,9 @@ def test_methods_get_equal_budgets(tmp_path, monkeypatch, budget, changes, updat
     assert (one["step"], other["step"]) == (2, updates)
     if budget != "updates":
         assert one[budget] == other[budget] == 16
+    # The teacher's other images are as much its own as the first ones, which the base's are not.
+    distances = [results["gndm-0"][who].get("fid_teacher") for who in ("teacher", "again", "base")]
+    assert distances[0] is None and 0.01 < distances[1] < distances[2]
     # Measured, and no part of what they train by.
     assert one["reward/jpeg_compressibility"] < 0 and one["weights"] == [1.0]
     monkeypatch.setattr(script, "run", None)
