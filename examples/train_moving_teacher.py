@@ -10,8 +10,9 @@ measures where the digit is in each frame and has not learned anything.
 
 cd examples
 python train_moving_teacher.py
-python compare_methods.py --methods gndm --measure train_moving_teacher:motion --num_images 400 --teachers \
-    outputs/moving_teacher,max_sequence_length=8,sample_num_frames=9,sample_height=32,sample_width=32
+python compare_methods.py --methods gndm --measure train_moving_teacher:motion --num_images 400 \
+    --set max_steps=200 teacher_guidance_scale=3 max_sequence_length=8 sample_num_frames=9 sample_height=32 \
+    sample_width=32 --teachers outputs/moving_teacher
 
 A call that was interrupted goes on where its last checkpoint was, and leaves finished stages as they are.
 """
@@ -168,8 +169,8 @@ def train_judge(steps, folder: Path, save_steps):
 class Muon(torch.optim.Optimizer):
     """
     The momentum of each weight with its singular values made equal (Jordan 2024), scaled so that what one element
-    changes by does not depend on the shape (Liu 2025). Vectors are matrices of one column. Both networks
-    learn several times as fast by it as by Adam.
+    changes by does not depend on the shape (Liu 2025). Vectors are matrices of one column. Both networks learn as much
+    in fewer than half of AdamW's steps.
     """
 
     def __init__(self, parameters, lr: float):
