@@ -5,9 +5,9 @@
 """
 Compares methods on the embedded teacher, or others, over paired seeds: the same prompts and noise, one option apart,
 at equal updates, images drawn, teacher evaluations or seconds (`--budget`). Other teachers have the same prompts or
-classes, or prompts and a judge of their own in their folder (train_emoji_teacher.py). Every run is kept in a file (a
-second call goes on where the first stopped); all end in `results.json`, a table with means, spreads and bootstrap
-intervals of the paired differences, and pictures, in a folder for each teacher.
+classes, or prompts and a judge of their own in their folder (train_emoji_teacher.py, train_moving_teacher.py). Every
+run is kept in a file (a second call goes on where the first stopped); all end in `results.json`, a table with means,
+spreads and bootstrap intervals of the paired differences, and pictures, in a folder for each teacher.
 
 A method may change options of its own, `gndm,num_iterations=4`, and names its rewards with their weights:
 `gndmr+classifier@0.3`, `constrained,target_dm=0.002+classifier@1`. Runs with rewards start from the checkpoint that

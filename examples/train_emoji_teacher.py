@@ -121,13 +121,17 @@ def load_images(path: Path) -> dict[str, torch.Tensor]:
     return {names[i]: images[names[i]] for i in order}
 
 
-def train(description, networks, loss_fn, steps, learning_rate, checkpoint: Path, save_steps):
+def adamw(parameters, lr):
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2, fused=True)
+
+
+def train(description, networks, loss_fn, steps, learning_rate, checkpoint: Path, save_steps, optimizer_class=adamw):
     """
-    AdamW with a cosine schedule on `loss_fn()`; leaves the networks with the moving average of their weights. Goes on
+    A cosine schedule on `loss_fn()`; leaves the networks with the moving average of their weights. Goes on
     from `checkpoint`, if it is there, and removes it at the end.
     """
     parameters = [p for network in networks for p in network.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-2, fused=True)
+    optimizer = optimizer_class(parameters, lr=learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10), steps)
     ema = EMAModel(parameters, decay=0.9995, use_ema_warmup=True, power=0.75, foreach=True)
     stateful = [*networks, optimizer, schedule, ema]

@@ -62,7 +62,7 @@ class DemoClassifier(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = self.model.base_model(pixel_values=images * 2 - 1).pooler_output
+        features = self.model.base_model(pixel_values=images * 2 - 1).pooler_output.flatten(1)
         return features, self.model.classifier(features)
 
 
