@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 from conftest import logs_of, make_config, make_tiny_pipeline, make_trainer, redness
+from peft import LoraConfig
 from transformers import TrainerState
 
 from rdm_trl import callbacks
@@ -35,7 +36,8 @@ LEARNING = dict(
 def learner(folder, reward, **options):
     """With attention everywhere, which a black box needs to get anywhere in so few updates."""
     layers = dict(mid_block_type="UNetMidBlock2DCrossAttn", up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-    return make_trainer(folder, [reward], pipeline=make_tiny_pipeline(**layers), **options)
+    pipeline, lora = make_tiny_pipeline(**layers), LoraConfig(r=2)
+    return make_trainer(folder, [reward], pipeline=pipeline, peft_config=lora, **options)
 
 
 def mixed_by(mixing, weight):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import make_config, make_trainer, redness
 from diffusers import DDIMScheduler
+from peft import LoraConfig
 from torch.distributions import Normal
 
 from rdm_trl.method import losses, matching, policy
@@ -140,7 +141,8 @@ def test_a_rollout_and_its_teacher_serve_several_updates(tmp_path, monkeypatch):
 @pytest.mark.parametrize("centering", ["group", "none"])
 def test_an_update_with_a_used_rollout(tmp_path, centering):
     """Its gradient, from the cached teacher, the fake score of now and the densities, by a separate computation."""
-    trainer = make_trainer(tmp_path, num_iterations=2, epsilon=0.2, epsilon_high=0.1, dm_centering=centering)
+    options = dict(num_iterations=2, epsilon=0.2, epsilon_high=0.1, dm_centering=centering)
+    trainer = make_trainer(tmp_path, peft_config=LoraConfig(r=2), **options)
     torch.manual_seed(5)
     for name in ("student", "fake"):
         for parameter in trainer.model.adapter_parameters(name):

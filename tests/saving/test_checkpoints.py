@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer, redness
+from conftest import FEW, make_trainer, redness
 from interrupted import OPTIONS
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -275,7 +275,8 @@ def test_weights_of_another_rank(tmp_path, saved):
 )
 def test_other_settings_are_refused_and_named(tmp_path, saved, rewards, options, message):
     options = {**OPTIONS, "max_steps": 6, **options}
-    trainer = make_trainer(tmp_path, rewards, peft_config=LoraConfig(r=options.pop("lora_r", 2)), **options)
+    lora = LoraConfig(r=options.pop("lora_r", 2), target_modules=FEW)
+    trainer = make_trainer(tmp_path, rewards, peft_config=lora, **options)
     before = weights_of(trainer)
     with pytest.raises(ValueError, match="is of a run with other settings: .*resume_with_changes") as caught:
         trainer.train(resume_from_checkpoint=True)
