@@ -169,8 +169,8 @@ def train_judge(steps, folder: Path, save_steps):
 class Muon(torch.optim.Optimizer):
     """
     The momentum of each weight with its singular values made equal (Jordan 2024), scaled so that what one element
-    changes by does not depend on the shape (Liu 2025). Both networks learn as much in fewer than half of AdamW's steps.
-    That of torch takes matrices alone; here kernels have a row for each output, and vectors are of one column.
+    changes by does not depend on the shape (Liu 2025). Both networks learn as much in fewer than half of AdamW's
+    steps. That of torch takes matrices alone; here kernels have a row for each output, and vectors are of one column.
     """
 
     def __init__(self, parameters, lr: float):
