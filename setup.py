@@ -7,19 +7,20 @@ from setuptools import find_packages, setup
 OCR = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3.9"]
 REPORT = ["plotly>=6"]
 DEMO = ["gradio>=6"]
+EVAL = ["matplotlib>=3.8"]
 VIDEO = ["ftfy>=6.1"]  # diffusers' WanImageToVideoPipeline
 # The browser itself is the system's, or comes by `playwright install chromium`; tests that need one skip without it.
 BROWSER = ["playwright>=1.50"]
 EXTRAS = {
     "test": [
         *("pytest>=8", "pytest-xdist>=3.6", "scipy>=1.11", "hypothesis>=6.100"),
-        *(*OCR, *REPORT, *DEMO, *VIDEO, *BROWSER),
+        *(*OCR, *REPORT, *DEMO, *EVAL, *VIDEO, *BROWSER),
     ],
     "report": REPORT,
     "demo": DEMO,
     "ocr": OCR,
     "video": VIDEO,
-    "eval": ["matplotlib>=3.8"],
+    "eval": EVAL,
     "quantization": ["bitsandbytes>=0.48"],
     "docs": ["mkdocs>=1.6,<2", "pymdown-extensions>=10.14"],
 }
