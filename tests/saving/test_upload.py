@@ -15,6 +15,7 @@ from conftest import make_tiny_pipeline, make_trainer
 from hub_server import TOKEN, Hub
 from huggingface_hub import ModelCard, constants, hf_hub_download
 from safetensors.torch import load, load_file
+from transformers import TrainerCallback
 
 
 ROOT = Path(__file__).parents[2]
@@ -202,6 +203,9 @@ def test_a_failure_in_the_background_is_a_warning(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("rdm_trl.saving.upload.logger.warning", warnings.append)
     options = dict(hub_model_id="me/student", hub_strategy="every_save", save_strategy="steps", save_steps=1)
     trainer = make_trainer(tmp_path, push_to_hub=True, hub_always_push=True, **options)
+    one_by_one = TrainerCallback()  # or the second save would change files in the midst of the first one's upload
+    one_by_one.on_step_begin = lambda *args, **kwargs: trainer._finish_current_push()
+    trainer.add_callback(one_by_one)
     hub.faults = {"/commit/": [(403, {}), "drop"]}
     trainer.train()
     assert trainer.state.global_step == 2 and len(warnings) == 2
