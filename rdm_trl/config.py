@@ -84,7 +84,7 @@ class RdmDistillConfig(TrainingArguments):
             samples: less memory, more time. With `prompt_cache_dir` prompts of an earlier run need none. They are then
             whole on each process, also where the base is in shards.
         num_teacher_images (`int`, *optional*):
-            Absorbed guidance: so many images of the training prompts are drawn by the guided teacher
+            Absorbed guidance: so many images of the training prompts, two of each, are drawn by the guided teacher
             (`teacher_num_steps`, `teacher_guidance_scale`, its own scheduler) before the first update, and the target
             is fitted to them: the teacher with guidance of a weight of its own at each noise level. It then takes the
             teacher's place in R_dm. By default `300` where `teacher_guidance_scale` is above 1 and
@@ -557,6 +557,11 @@ class RdmDistillConfig(TrainingArguments):
     def _check_guidance(self):
         if self.num_teacher_images == 0:
             return
+        if self.num_teacher_images % 2:
+            raise ValueError(
+                f"`num_teacher_images` is {self.num_teacher_images}, but must be even: what two images of a prompt "
+                "have in common is what the target is fitted to."
+            )
         if self.teacher_guidance_scale <= 1:
             raise ValueError(
                 f"`num_teacher_images` is {self.num_teacher_images}, but `teacher_guidance_scale` is "

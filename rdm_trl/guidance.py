@@ -28,18 +28,18 @@ logger = logging.get_logger(__name__)
 
 # Of the images' noise and the order of their prompts. Not the run's: runs of other seeds share the images.
 SEED = 0
-# Noise levels at which each image is looked at for the fit.
+# Noise levels at which each pair of images is looked at for the fit.
 LEVELS = 8
 
 
 def image_prompts(dataset: Dataset, family, number: int) -> list[str]:
     """
-    The prompts of `number` images: each prompt once in a shuffled order, and again from the first. Of a pipeline that
-    edits images each row is a prompt of its own, and those rows alone are read.
+    The prompts of `number` images, in pairs: each prompt twice in a row in a shuffled order, and again from the first.
+    Of a pipeline that edits images each row is a prompt of its own, and those rows alone are read.
     """
     distinct = range(len(dataset)) if family.takes_image else sorted(set(dataset["prompt"]))
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(SEED)).tolist()
-    chosen = [distinct[order[i % len(order)]] for i in range(number)]
+    chosen = [distinct[order[i // 2 % len(order)]] for i in range(number)]
     if not family.takes_image:
         return chosen
     prompts = {row: split_rows([dataset[row]], family)[0][0] for row in dict.fromkeys(chosen)}
@@ -141,7 +141,8 @@ class GuidedImages:
         # Which of the rows with images are drawn, the files' names say: the others were not read.
         self.suffixes = [f"-{digest(prompt_key(p))}" if isinstance(p, PicturePrompt) else "" for p in self.prompts]
         settings = describe(trainer, args.teacher_num_steps, args.teacher_guidance_scale)
-        self.description = description({**settings, "prompts": sorted(set(trainer.train_dataset["prompt"]))})
+        prompts = {"prompts": sorted(set(trainer.train_dataset["prompt"])), "images_of_a_prompt": 2}
+        self.description = description(settings | prompts)
         self.key = broadcast_object_list([digest(self.description)])[0]
         self.folder = cache_of(args) / self.key
 
@@ -223,7 +224,7 @@ def absorb_guidance(trainer, images: GuidedImages, key: str):
     if found is None:
         trainer.encode_negative([trainer.args.negative_prompts])  # refused here, where the pipeline has none
         latents, drawn = images()
-        found = target.fit(moments_of(trainer, latents, images.prompts))
+        found = target.fit(moments_of(trainer, latents, images.prompts), trainer.args.teacher_guidance_scale)
         if main:
             write_tensors(file, {"weights": found})
     trainer.target = found
@@ -240,36 +241,37 @@ def predict_halves(trainer, x_t, timesteps, condition) -> tuple[torch.Tensor, to
 def predict_target(trainer, x_t, timesteps, condition) -> torch.Tensor:
     """The target's denoised prediction (B, ...)."""
     halves, fractions = predict_halves(trainer, x_t, timesteps, condition), trainer.process.fractions(timesteps)
-    return target.predict(*halves, x_t, fractions, trainer.target.to(x_t.device))
+    return target.predict(*halves, fractions, trainer.target.to(x_t.device))
 
 
 @torch.no_grad()
 def moments_of(trainer, latents: torch.Tensor, prompts: list[str]) -> target.Moments:
     """
-    What the fit has to know of the teacher's predictions of `latents` (N, ...) of `prompts`, each image at `LEVELS`
+    What the fit has to know of the teacher's predictions of `latents` (N, ...) of `prompts`, each pair at `LEVELS`
     noise levels. What is drawn depends neither on the global generators nor on the number of processes.
     """
     args, process, device = trainer.args, trainer.process, trainer.accelerator.device
     generator, found, rank = torch.Generator().manual_seed(SEED), [], args.process_index
-    rows = torch.arange(len(latents)).repeat(LEVELS)
-    fractions = target.draw_levels(len(rows), generator)
+    pairs = torch.arange(len(latents) // 2).repeat(LEVELS)
+    fractions = target.draw_levels(len(pairs), generator)
     # As many passes on each process: in shards all take part in every one.
-    own = rows.new_tensor(range(rank, len(rows) + -len(rows) % args.world_size, args.world_size)) % len(rows)
-    size = args.per_device_eval_batch_size
+    own = pairs.new_tensor(range(rank, len(pairs) + -len(pairs) % args.world_size, args.world_size)) % len(pairs)
     hidden = args.disable_tqdm or not trainer.is_world_process_zero()
-    for part in tqdm(own.split(size), desc="fitting the target", disable=hidden):
-        x0 = latents[rows[part]].to(device)
-        seeds = (SEED + len(rows) + i for i in part.tolist())  # none from whose noise an image was drawn
-        noise = [torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        timesteps = process.timesteps_at(fractions[part]).to(device)
-        x_t = process.add_noise(x0, torch.stack(noise).to(device), timesteps)
-        with trainer.accelerator.autocast():
-            halves = predict_halves(trainer, x_t, timesteps, trainer.encode([prompts[i] for i in rows[part]]))
-        # On the CPU: not every device has double precision.
-        values = (value.cpu() for value in (x0, *halves, x_t, process.fractions(timesteps)))
-        found += list(zip(part.tolist(), *target.moments(*values), strict=True))
+    for part in tqdm(own.split(args.per_device_eval_batch_size), desc="fitting the target", disable=hidden):
+        timesteps, sides = process.timesteps_at(fractions[part]).to(device), []
+        for side in range(2):
+            rows = 2 * pairs[part] + side
+            x0 = latents[rows].to(device)
+            seeds = (SEED + len(latents) + 2 * i + side for i in part.tolist())  # none that an image was drawn from
+            noise = [torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            x_t = process.add_noise(x0, torch.stack(noise).to(device), timesteps)
+            with trainer.accelerator.autocast():
+                halves = predict_halves(trainer, x_t, timesteps, trainer.encode([prompts[i] for i in rows]))
+            sides.append([value.cpu() for value in (x0, *halves)])  # not every device has double precision
+        values = target.moments(*sides, process.fractions(timesteps).cpu())
+        found += list(zip(part.tolist(), *values, strict=True))
     draws = {row[0]: row[1:] for row in gather_object(found)}  # the same of several are one
-    values = zip(*(draws[i] for i in range(len(rows))), strict=True)
+    values = zip(*(draws[i] for i in range(len(pairs))), strict=True)
     moments = target.Moments(*(torch.stack(value) for value in values))
     trainer._check_finite("prediction of the teacher's images", moments.square)
     return moments

@@ -4,10 +4,12 @@ The target: R_dm's teacher where guidance is absorbed, fitted to what the guided
 
 A guided sampler feels \\((w - 1)(\mu_c - \mu_u)\\) for a few small steps. Distribution matching follows its teacher to
 equilibrium at every noise level, and the equilibrium of the guided score is far sharper than what that sampler draws:
-the guided score is not the score of the guided samples. The one that is, \\(E[x_0 | x_\tau]\\) over those samples, is
-the least-squares prediction of them (denoising score matching, arXiv 1905.07088's theorem). Here it is sought among
-\\(\mu_c + \sum_j w_j(\tau) f_j\\) with the features \\(f\\) of `features`: a few numbers a noise level, which a few
-hundred images determine and nothing has to be trained for. Ours.
+the guided score is not the score of the guided samples. The target is \\(\mu_c + v_1(\tau)\,(\mu_c - \mu_u) +
+v_2(\tau)\,\mu_c\\) with the weights by which training rests at those samples. With centring the sum of a prompt's
+directions is that of \\(\text{target}(x_\tau) - x_0\\), so this residual's mean over a prompt's samples has to be 0.
+Of two of them, each one's features are the *instruments* (Reiersol 1941) of the other's residual: their noise is
+independent, what the prompt says in both is not. Least squares would make the error of single predictions small
+instead and pay for it with the mean: it takes weight from a prediction because the image's own noise is in it. Ours.
 """
 
 from typing import NamedTuple
@@ -16,9 +18,10 @@ import torch
 
 
 # Noise levels, evenly over the training range, between which the weights are interpolated linearly.
-KNOTS = 8
-# Added to the diagonal of the normal equations, relative to it: where the images say nothing, the weight is 0.
-RIDGE = 1e-3
+KNOTS = 4
+# Added to the diagonal of the equations, relative to the features' own squares: where a prompt's images have nothing
+# in common, the weight is 0.
+RIDGE = 1e-2
 
 
 def draw_levels(number: int, generator: torch.Generator) -> torch.Tensor:
@@ -26,12 +29,12 @@ def draw_levels(number: int, generator: torch.Generator) -> torch.Tensor:
     return (torch.randperm(number, generator=generator) + torch.rand(number, generator=generator)) / number
 
 
-def features(conditional: torch.Tensor, unconditional: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+def features(conditional: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
     """
-    What the target is made of beside `conditional`, (B, 3, ...): guidance, the noisy image, of which networks leave
-    some or take too much, and `conditional` itself, whose contrast a sampler's steps and guidance change.
+    What the target is made of beside `conditional`, (B, 2, ...): guidance, and `conditional` itself, whose contrast a
+    sampler's steps and guidance change.
     """
-    return torch.stack([conditional - unconditional, x_t, conditional], 1)
+    return torch.stack([conditional - unconditional, conditional], 1)
 
 
 def hats(fractions: torch.Tensor) -> torch.Tensor:
@@ -42,47 +45,62 @@ def hats(fractions: torch.Tensor) -> torch.Tensor:
 
 class Moments(NamedTuple):
     """
-    What the fit has to know of some noisy images: sums over an image's elements, by which it does not matter on which
-    process they were taken.
+    What the fit has to know of pairs of noisy images: sums over an image's elements, by which it does not matter on
+    which process they were taken.
 
     Args:
-        fractions (B,): noise levels in [0, 1].
-        gram (B, J, J): products of the features with each other.
-        correlation (B, J): their products with `x0 - conditional`.
-        square (B,): that residual's square.
+        fractions (B,): noise levels in [0, 1], one for both.
+        gram (B, 2, 2): products of each image's features with the other's, both ways.
+        correlation (B, 2): of each image's features with the other's `x0 - conditional`, both ways.
+        own (B, 2): squares of the features, of both.
+        square (B,): those residuals' squares, of both.
     """
 
     fractions: torch.Tensor
     gram: torch.Tensor
     correlation: torch.Tensor
+    own: torch.Tensor
     square: torch.Tensor
 
 
-def moments(x0, conditional, unconditional, x_t, fractions: torch.Tensor) -> Moments:
-    """Of images `x0` (B, ...), noised to `x_t` at `fractions` (B,), and their two predictions."""
-    f = features(conditional, unconditional, x_t).flatten(2).double()
-    residual = (x0 - conditional).flatten(1).double()
-    correlation = (f @ residual[:, :, None])[:, :, 0]
-    return Moments(fractions, f @ f.transpose(1, 2), correlation, residual.square().sum(1))
-
-
-def fit(moments: Moments) -> torch.Tensor:
+def moments(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], fractions: torch.Tensor) -> Moments:
     """
-    Weights (J, KNOTS) of the features, by least squares over all images. A noise level counts by its draws, not by
-    how badly images are predicted there: residuals are measured in units of their level's mean square.
+    Of two images each of B prompts, `(x0, conditional, unconditional)`, all (B, ...): clean, and their two predictions
+    at the noise levels `fractions` (B,), each from noise of its own.
+    """
+    f, residual = zip(
+        *((features(c, u).flatten(2).double(), (x0 - c).flatten(1).double()) for x0, c, u in (first, second)),
+        strict=True,
+    )
+    across = f[0] @ f[1].mT
+    correlation = f[0] @ residual[1][:, :, None] + f[1] @ residual[0][:, :, None]
+    own, square = (sum(v.square().sum(-1) for v in values) for values in (f, residual))
+    return Moments(fractions, across + across.mT, correlation[:, :, 0], own, square)
+
+
+def fit(moments: Moments, guidance_scale: float) -> torch.Tensor:
+    """
+    Weights (2, KNOTS) of the features, by instruments over all pairs. A noise level counts by its draws, not by how
+    badly images are predicted there: products are measured in units of their level's mean square residual.
+
+    No noise level has more guidance than the sampler's `guidance_scale`, or less than none. The other weight is then
+    the one that goes with it.
     """
     shares = hats(moments.fractions).double()
     level = (shares.T @ moments.square) / shares.sum(0).clamp(min=1e-12)
     weight = 1 / (shares @ level).clamp(min=1e-12)
     gram = torch.einsum("bk,bl,bij,b->ikjl", shares, shares, moments.gram, weight).flatten(2).flatten(0, 1)
     right = torch.einsum("bk,bi,b->ik", shares, moments.correlation, weight).flatten()
-    diagonal = gram.diagonal()
-    gram = gram + torch.diag(RIDGE * diagonal + 1e-8 * diagonal.max())
-    return torch.linalg.solve(gram, right).view(-1, KNOTS).float()
+    own = torch.einsum("bk,bi,b->ik", shares.square(), moments.own, weight).flatten()
+    gram = gram + torch.diag(RIDGE * own + 1e-8 * own.max())
+    guidance = torch.linalg.solve(gram, right)[:KNOTS].clamp(0, guidance_scale - 1)
+    rest = torch.linalg.solve(gram[KNOTS:, KNOTS:], right[KNOTS:] - gram[KNOTS:, :KNOTS] @ guidance)
+    return torch.stack([guidance, rest]).float()
 
 
-def predict(conditional, unconditional, x_t, fractions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The target's prediction (B, ...) with the fitted `weights` (J, KNOTS) at the noise levels `fractions` (B,)."""
+def predict(conditional, unconditional, fractions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The target's prediction (B, ...) with the fitted `weights` (2, KNOTS) at the noise levels `fractions` (B,)."""
     w = hats(fractions) @ weights.T
-    f = features(conditional, unconditional, x_t)
-    return conditional + (w.view(*w.shape, *(1,) * (x_t.ndim - 1)) * f).sum(1)
+    return conditional + (w.view(*w.shape, *(1,) * (conditional.ndim - 1)) * features(conditional, unconditional)).sum(
+        1
+    )

@@ -119,8 +119,8 @@ def equal(way: str, folder: Path):
     for name in PIPELINES:
         run, options = folder / name, dict(save_strategy="steps", save_steps=3)
         if name == "unet":
-            # Guidance absorbed from an odd number of images, reuse of rollouts, and a grid.
-            options |= dict(num_teacher_images=5, num_iterations=2, log_images_steps=3)
+            # Guidance absorbed from images that make no equal shares, reuse of rollouts, and a grid.
+            options |= dict(num_teacher_images=6, num_iterations=2, log_images_steps=3)
             # Convolutions round by where their weights lie in memory, and Adam would blow that up.
             options |= dict(optim="sgd", learning_rate=0.1, fake_learning_rate=0.1)
             options |= dict(image_dataset=str(folder.parent / "real"), **real)
