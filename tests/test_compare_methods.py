@@ -1,10 +1,11 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 import importlib
 import json
+import multiprocessing
 
 import pytest
 import torch
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, make_tiny_pipeline
 from diffusers import DiTPipeline
 from diffusers.pipelines import ImagePipelineOutput
 from tiny_pipelines import make_dit
@@ -18,6 +19,13 @@ pytest.importorskip("matplotlib").use("Agg")
 
 SMALL = "per_device_train_batch_size=8 fake_updates=1 teacher_num_steps=2 max_steps=2 use_cpu=true disable_tqdm=true"
 SMALL += " sample_guidance_scale=1.0"
+
+
+@pytest.fixture
+def tiny_teacher(tmp_path):
+    """For what does not hang on how well a teacher draws."""
+    make_tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    return str(tmp_path / "tiny")
 
 
 @pytest.mark.parametrize(
@@ -50,31 +58,35 @@ def test_methods_get_equal_budgets(tmp_path, monkeypatch, budget, changes, updat
     assert f"gndm,{changes} − gndm" in (tmp_path / "embedded" / "table.md").read_text()
 
 
-def test_seconds_of_updates_are_measured_once(tmp_path, monkeypatch):
+def test_seconds_of_updates_are_measured_once(tmp_path, tiny_teacher, monkeypatch):
     script = load_script("examples/compare_methods.py")
     monkeypatch.setattr(script.seconds_of_update, "__defaults__", (4,))  # updates
-    command = "compare --methods gndm gndm,fake_updates=8 --seeds 0 --num_images 8 --eval_steps 9 --budget seconds"
-    command = [*command.split(), "--output_dir", str(tmp_path), "--set", *SMALL.split(), "max_steps=4"]
-    monkeypatch.setattr("sys.argv", command)
+    command = "compare --methods gndm gndm,fake_updates=12 --seeds 0 --num_images 8 --eval_steps 9 --budget seconds"
+    command = [*command.split(), "--teachers", tiny_teacher, "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [*command, "--set", *SMALL.split(), "max_steps=4"])
     script.main()
-    costs = json.loads((tmp_path / "embedded" / "cost_of_update.json").read_text())
-    assert costs["gndm,fake_updates=8"] > 1.5 * costs["gndm"]
-    results = json.loads((tmp_path / "embedded" / "results.json").read_text())
+    costs = json.loads((tmp_path / "out" / "tiny" / "cost_of_update.json").read_text())
+    assert costs["gndm,fake_updates=12"] > 1.5 * costs["gndm"]
+    results = json.loads((tmp_path / "out" / "tiny" / "results.json").read_text())
     steps = [results[f"{method}-0"]["curve"][-1]["step"] for method in costs]
-    assert steps == [4, round(4 * costs["gndm"] / costs["gndm,fake_updates=8"])]
+    assert steps == [4, round(4 * costs["gndm"] / costs["gndm,fake_updates=12"])]
     monkeypatch.setattr(script, "seconds_of_update", None)
     script.main()
 
 
-def test_runs_side_by_side_end_where_one_alone_does(tmp_path, monkeypatch):
+def test_runs_side_by_side_end_where_one_alone_does(tmp_path, tiny_teacher, monkeypatch):
     """In processes of their own, against this one."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     script = importlib.import_module("compare_methods")  # which the other processes find by its name
-    command = "compare --methods gndm --num_images 8 --eval_steps 2 --set".split() + SMALL.split()
+    # They begin as empty as by the script's own way, but one import of the package is enough for both.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["rdm_trl"])
+    monkeypatch.setattr(script, "get_context", {"spawn": server}.get)
+    command = f"compare --teachers {tiny_teacher} --methods gndm --num_images 8 --eval_steps 2 --set {SMALL}".split()
     for folder, rest in (("two", "--workers 2 --seeds 0 1"), ("one", "--seeds 1")):
         monkeypatch.setattr("sys.argv", [*command, "--output_dir", str(tmp_path / folder), *rest.split()])
         script.main()
-    paths = [tmp_path / name / "embedded" / "results.json" for name in ("two", "one")]
+    paths = [tmp_path / name / "tiny" / "results.json" for name in ("two", "one")]
     found = [json.loads(path.read_text())["gndm-1"] for path in paths]
     for point in (found[0]["curve"][0], found[1]["curve"][0]):
         point.pop("seconds")

@@ -1,9 +1,13 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """The memory estimate, against what a real pipeline takes."""
 
-import subprocess
+import ctypes
+import gc
+import resource
 import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -21,6 +25,14 @@ from rdm_trl.models.pipelines import family_of
 from rdm_trl.models.roles import Roles
 
 
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Gives a tiny pipeline without its weights, a new one each time."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny_pipeline().save_pretrained(folder)
+    return partial(plan.load_without_weights, str(folder))
+
+
 def test_weights_are_those_of_the_real_pipeline():
     memory = plan.memory_of(plan.load_without_weights(DEMO_PIPELINE), 4, False, lora_r=8)
     pipeline = load_demo_pipeline()
@@ -34,48 +46,41 @@ def test_weights_are_those_of_the_real_pipeline():
     assert memory.adapters == 4 * (sum(parameters.values()) + 3 * trained)
 
 
-MEASURE = """
-import ctypes, resource, torch
-from peft import LoraConfig
-from rdm_trl.demo import load_demo_pipeline
-from rdm_trl.models.pipelines import family_of
-from rdm_trl.models.roles import Roles
-
-def resident():
-    ctypes.CDLL(None).malloc_trim(0)  # what was needed for a moment only
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-
-family = family_of(load_demo_pipeline())
-roles = Roles(family.denoiser, LoraConfig(r=32, target_modules=family.lora_target_modules))
-def forward(batch_size):
-    x_t, t = torch.randn(batch_size, *family.latent_shape), torch.full((batch_size,), 500.0)
-    condition = family.encode_prompts(["a photo"] * batch_size)
-    return family.denoise(lambda *a, **k: roles("student", *a, **k), x_t, t, condition)
-forward(2)
-before = resident()
-kept = forward(192)
-print(resident() - before)
-"""
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    ctypes.CDLL(None).malloc_trim(0)  # without what was needed for a moment only
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_activations_are_what_a_forward_pass_keeps():
     """In float32, where a CPU computes: the memory that a process holds more while the graph is alive."""
-    output = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout
+    family = family_of(load_demo_pipeline())
+    roles = Roles(family.denoiser, LoraConfig(r=32, target_modules=family.lora_target_modules))
+
+    def forward(batch_size):
+        x_t, t = torch.randn(batch_size, *family.latent_shape), torch.full((batch_size,), 500.0)
+        condition = family.encode_prompts(["a photo"] * batch_size)
+        return family.denoise(lambda *a, **k: roles("student", *a, **k), x_t, t, condition)
+
+    forward(2)
+    gc.collect()  # what earlier tests have left
+    before = resident()
+    kept = forward(96)
+    held = resident() - before
+    assert kept.requires_grad
     pipeline = plan.load_without_weights(DEMO_PIPELINE, torch.float32)
-    estimate = plan.memory_of(pipeline, 192, False).activations
-    assert estimate == pytest.approx(int(output), rel=0.1)
+    assert plan.memory_of(pipeline, 96, False).activations == pytest.approx(held, rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_discriminator_takes_what_the_trainers_takes(tmp_path, checkpointing):
+def test_a_discriminator_takes_what_the_trainers_takes(tmp_path, load, checkpointing):
     """In float32: the storages that are alive in the midst of its pass, and those of its head behind an update."""
     Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 4}).save_to_disk(tmp_path / "real")
     options = dict(adversarial_weight=0.1, image_dataset=str(tmp_path / "real"))
     options |= dict(activation_checkpointing=checkpointing, teacher_cache_dir=str(tmp_path / "cache"))
-    lora = LoraConfig(r=2, target_modules=family_of(load_demo_pipeline()).lora_target_modules)
-    pipeline = load_demo_pipeline()
-    trainer = make_trainer(tmp_path, pipeline=pipeline, peft_config=lora, max_steps=1, **options)
+    lora = LoraConfig(r=2, target_modules=family_of(load()).lora_target_modules)
+    trainer = make_trainer(tmp_path, peft_config=lora, max_steps=1, **options)
     trainer.train()
     head, score = trainer.adversary.head, trainer.adversary.score
     trained = [value for state in score.optimizer.state.values() for value in state.values() if value.ndim]
@@ -93,7 +98,7 @@ def test_a_discriminator_takes_what_the_trainers_takes(tmp_path, checkpointing):
     weights = {p.untyped_storage()._cdata for p in (*trainer.model.parameters(), *head.parameters())}
     real = sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
     plain, planned = (
-        plan.memory_of(plan.load_without_weights(DEMO_PIPELINE, torch.float32), 8, checkpointing, 2, **with_it)
+        plan.memory_of(load(dtype=torch.float32), 8, checkpointing, 2, **with_it)
         for with_it in ({}, dict(with_discriminator=True))
     )
     assert planned.adapters - plain.adapters == sum(value.nbytes for value in trained)
@@ -112,12 +117,13 @@ def test_the_option_of_a_discriminator(capsys):
         plan.memory_of(make(CASES["wan"]), 4, False, 2, *CASES["wan"].size.values(), with_discriminator=True)
 
 
-def test_checkpointing_and_batch_size():
+def test_checkpointing_and_batch_size(load):
     def activations(*args):
-        return plan.memory_of(plan.load_without_weights(DEMO_PIPELINE), *args).activations
+        return plan.memory_of(load(), *args).activations
 
-    assert activations(8, False) == pytest.approx(2 * activations(4, False), rel=0.05)
-    assert activations(8, True) < 0.4 * activations(8, False)
+    eight = activations(8, False)
+    assert eight == pytest.approx(2 * activations(4, False), rel=0.05)
+    assert activations(8, True) < 0.4 * eight
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -127,13 +133,13 @@ def test_every_family_without_its_weights(name, tmp_path):
     assert planned == pytest.approx(real, rel=0.1)
 
 
-def test_offloaded_encoders_do_not_count():
-    memory = plan.memory_of(plan.load_without_weights(DEMO_PIPELINE), 4, True)
-    encoder = load_demo_pipeline().text_encoder
+def test_offloaded_encoders_do_not_count(load):
+    memory = plan.memory_of(load(), 4, True)
+    encoder = make_tiny_pipeline().text_encoder
     assert memory.encoders == 2 * sum(p.numel() for p in encoder.parameters())
     # A device on which all but the encoders fits.
     enough = replace(memory, encoders=0).total + memory.encoders // 2
-    found, settings, fits = plan.choose(lambda: plan.load_without_weights(DEMO_PIPELINE), enough / plan.GIB)
+    found, settings, fits = plan.choose(load, enough / plan.GIB)
     assert fits and settings["offload_encoders"] and settings["per_device_train_batch_size"] == 4
     assert found.total == replace(memory, encoders=0).total
 
@@ -169,12 +175,8 @@ def test_what_is_gathered_of_nested_blocks():
     assert plan.gathered_size(unet) == outside + 2 * largest
 
 
-def test_encoders_are_in_shards_with_the_base():
+def test_encoders_are_in_shards_with_the_base(load):
     """What a process really holds of them, tests/distributed compares."""
-
-    def load():
-        return plan.load_without_weights(DEMO_PIPELINE)
-
     family = family_of(load())
     part, gathered = plan.encoders_in_shards(family, 8)
     encoder, four = load().text_encoder, plan.memory_of(load(), 4, True)
@@ -193,23 +195,17 @@ def test_encoders_are_in_shards_with_the_base():
     assert plan.encoders_in_shards(family, 8) == (four.encoders, 0)
 
 
-def test_a_discriminators_pass_in_shards_goes_to_the_end():
+def test_a_discriminators_pass_in_shards_goes_to_the_end(load):
     ends, goes_on = (
-        plan.memory_of(
-            plan.load_without_weights(DEMO_PIPELINE), 4, False, with_discriminator=True, in_shards=in_shards
-        )
-        for in_shards in (False, True)
+        plan.memory_of(load(), 4, False, with_discriminator=True, in_shards=in_shards) for in_shards in (False, True)
     )
     assert goes_on.activations > ends.activations and goes_on.adapters == ends.adapters
     with patch.object(plan, "memory_of", wraps=plan.memory_of) as asked:
-        plan.choose(lambda: plan.load_without_weights(DEMO_PIPELINE), 1e-9, 8, with_discriminator=True)
+        plan.choose(load, 1e-9, 8, with_discriminator=True)
     assert {call.kwargs["in_shards"] for call in asked.call_args_list} == {False, True}
 
 
-def test_shards_come_before_bits(capsys):
-    def load():
-        return plan.load_without_weights(DEMO_PIPELINE)
-
+def test_shards_come_before_bits(load, capsys):
     least = plan.memory_of(load(), 4, True)
     least = replace(least, encoders=0, activations=max(least.activations, least.encoders))
     sizes = plan.sizes_of_base(family_of(load()).denoiser, 8)
@@ -226,13 +222,13 @@ def test_shards_come_before_bits(capsys):
     assert text.rstrip().endswith("accelerate launch --num_processes 2")
 
 
-def test_plan_picks_what_fits(tmp_path, capsys):
-    make_tiny_pipeline().save_pretrained(tmp_path)
-    main(["plan", "--model", str(tmp_path), "--gpu-memory", "1"])
+def test_plan_picks_what_fits(load, capsys):
+    (folder,) = load.args
+    main(["plan", "--model", folder, "--gpu-memory", "1"])
     text = capsys.readouterr().out
     assert "per_device_train_batch_size: 32" in text and "activation_checkpointing: false" in text
-    assert "Does not fit in 1e-05 GiB" in plan.plan(str(tmp_path), gpu_memory=1e-5)
-    needs = plan.memory_of(plan.load_without_weights(str(tmp_path)), 8, True).total
-    text = plan.plan(str(tmp_path), gpu_memory=1.02 * needs / plan.GIB)
+    assert "Does not fit in 1e-05 GiB" in plan.plan(folder, gpu_memory=1e-5)
+    needs = plan.memory_of(load(), 8, True).total
+    text = plan.plan(folder, gpu_memory=1.02 * needs / plan.GIB)
     assert "per_device_train_batch_size: 8" in text and "activation_checkpointing: true" in text
     assert "gradient_accumulation_steps: 4" in text
