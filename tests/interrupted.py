@@ -1,6 +1,7 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """Runs of test_checkpoints.py that do not reach their end: `interrupted.py FOLDER HOW...`, one after the other."""
 
+import gc
 import os
 import resource
 import signal
@@ -16,6 +17,17 @@ from rdm_trl.saving import checkpoint
 
 
 OPTIONS = dict(num_iterations=2, learning_rate=5e-3, save_strategy="steps", save_steps=2)
+
+
+def endless(images, prompts, metadata):
+    time.sleep(1000)
+
+
+async def endless_in_its_loop(images, prompts, metadata):
+    time.sleep(1000)
+
+
+ENDLESS = {reward.__name__: reward for reward in (endless, endless_in_its_loop)}
 
 
 class At(TrainerCallback):
@@ -45,7 +57,9 @@ def die_in(module, name: str):
 
 def main(how: str, folder: Path):
     torch.set_num_threads(1)
-    trainer = make_trainer(folder, [redness], max_steps=20, **OPTIONS)
+    never_returns = ENDLESS.get(how)
+    limit = 0.2 if never_returns else None
+    trainer = make_trainer(folder, [never_returns or redness], max_steps=20, reward_timeout=limit, **OPTIONS)
     if how == "killed-adapters":
         die_in(checkpoint, "save_file")
     elif how == "killed-state":
@@ -59,6 +73,8 @@ def main(how: str, folder: Path):
 
 
 if __name__ == "__main__":
+    gc.collect()
+    gc.freeze()  # as in conftest.py
     for how in sys.argv[2:]:
         folder = Path(sys.argv[1]) / how
         process = os.fork()  # a whole process, whose imports are done

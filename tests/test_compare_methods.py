@@ -81,7 +81,7 @@ def test_runs_side_by_side_end_where_one_alone_does(tmp_path, tiny_teacher, monk
     # They begin as empty as by the script's own way, but one import of the package is enough for both.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["rdm_trl"])
-    monkeypatch.setattr(script, "get_context", {"spawn": server}.get)
+    monkeypatch.setattr(script, "get_context", {"spawn": server}.__getitem__)
     command = f"compare --teachers {tiny_teacher} --methods gndm --num_images 8 --eval_steps 2 --set {SMALL}".split()
     for folder, rest in (("two", "--workers 2 --seeds 0 1"), ("one", "--seeds 1")):
         monkeypatch.setattr("sys.argv", [*command, "--output_dir", str(tmp_path / folder), *rest.split()])

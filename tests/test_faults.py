@@ -6,8 +6,6 @@ was. Mistakes that belong to one feature stand in that feature's tests.
 
 import json
 import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -467,35 +465,6 @@ def test_a_reward_that_scores_nothing_says_so(trainer, monkeypatch):
     feedback = trainer._prepare_inputs([{"prompt": "a"}] * 8)["feedback"]
     assert (feedback.advantage == 0).all() and feedback.direction.isfinite().all()
     assert warnings and "'silent' does not tell the images of a prompt apart" in warnings[0]
-
-
-ENDLESS = """
-import os, time
-from conftest import make_trainer
-from pathlib import Path
-
-def endless(images, prompts, metadata):
-    time.sleep(1000)
-
-async def endless_in_its_loop(images, prompts, metadata):
-    time.sleep(1000)
-
-for reward in (endless, endless_in_its_loop):
-    if os.fork() == 0:  # a whole process, whose imports are done
-        make_trainer(Path("run"), [reward], reward_timeout=0.2).train()
-        break
-    assert os.waitstatus_to_exitcode(os.wait()[1]) == 1
-"""
-
-
-def test_a_reward_that_never_returns_ends_the_process(tmp_path):
-    """Also the one that holds up its event loop; and the interpreter does not wait for it at its end."""
-    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
-    command = [sys.executable, "-c", ENDLESS]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0, result.stderr[-3000:]
-    for name in ("endless", "endless_in_its_loop"):
-        assert f"TimeoutError: Reward function '{name}' took longer than `reward_timeout` (0.2 s)." in result.stderr
 
 
 def test_a_time_out_of_the_reward_itself_is_not_ours(trainer):

@@ -5,6 +5,7 @@ one, whose imports are done: `two.py FOLDER MODULE TASK,TASK...`, launch after l
 `TASK,TASK.log`, and how it ended in `TASK,TASK.json`.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -47,6 +48,8 @@ if __name__ == "__main__":
     options = dict(
         min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", max_restarts=0, monitor_interval=0.1
     )
+    gc.collect()
+    gc.freeze()  # as in conftest.py
     for tasks in sys.argv[3:]:
         for output in (1, 2):
             os.dup2(os.open(folder / f"{tasks}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), output)

@@ -51,6 +51,8 @@ ENDS = {
     "disk": 1,
     "SIGTERM": 128 + signal.SIGTERM,
     "SIGINT": -signal.SIGINT,
+    "endless": 1,
+    "endless_in_its_loop": 1,
 }
 
 
@@ -121,6 +123,14 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, interrupted, name):
     resumed = make_trainer(folder, [redness], max_steps=step + 1, **OPTIONS)
     resumed.train(resume_from_checkpoint=True)
     check_equal(weights_of(resumed), weights_of(alone))
+
+
+@pytest.mark.parametrize("name", ["endless", "endless_in_its_loop"])
+def test_a_reward_that_never_returns_ends_the_process(interrupted, name):
+    """Also the one that holds up its event loop; and the interpreter does not wait for it at its end."""
+    _, returncode, errors = interrupted[name]
+    assert returncode == ENDS[name]
+    assert f"TimeoutError: Reward function '{name}' took longer than `reward_timeout` (0.2 s)." in errors
 
 
 def test_signals_in_this_process(tmp_path):
