@@ -34,11 +34,12 @@ def imports_are_no_garbage():
 
 @pytest.fixture(scope="session", autouse=True)
 def what_is_known_is_asked_once():
-    """Diffusers reads the version of peft for each adapter, torch notes who seeds a GPU that is not there."""
+    """Diffusers reads the version of peft for each adapter, torch notes who seeds a device that is not there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.metadata, "version", cache_results(importlib.metadata.version))
-        if not torch.cuda.is_available():
-            patch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
+        for kind in (torch.cuda, torch.xpu, torch.mtia):
+            if not kind.is_available():
+                patch.setattr(kind, "manual_seed_all", lambda seed: None)
         yield
 
 

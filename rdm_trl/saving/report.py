@@ -24,6 +24,7 @@ from ..models.pipelines import Base
 from .pictures import format_seconds, read_grid, student_seconds
 
 
+PLOTLY = '<script id="plotly"></script>'  # where the template leaves room for it
 REPORT_NEEDS = 'The report needs plotly: `pip install "rdm_trl[report]"`.'
 TEMPLATE = Path(__file__).with_name("report_template.html")
 # Of all pictures, as they stand in the page; plotly itself takes 5 MB, and 15 are allowed.
@@ -492,7 +493,7 @@ def make_page(runs: list[Run]) -> str:
         "trades": trade_charts(runs),
     }
     template, plotly = template_and_plotly()
-    return template.render(
+    page = template.render(
         title=" · ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
         runs=[
             {
@@ -518,8 +519,9 @@ def make_page(runs: list[Run]) -> str:
         different=different,
         same=same,
         data=for_script(data),
-        plotly=plotly,
     )
+    # Behind the template, which would copy these 5 MB again and again; nothing that it escapes looks like this mark.
+    return page.replace(PLOTLY, f"<script>{plotly}</script>", 1)
 
 
 def write_report(folders: list[str | Path], output: str | Path | None = None) -> Path:

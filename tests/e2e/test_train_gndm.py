@@ -151,6 +151,8 @@ def test_evaluating_checkpoints(tmp_path, monkeypatch, capsys):
         str(tmp_path / "run"),
         max_steps=2,
         learning_rate=0.01,
+        per_device_train_batch_size=8,
+        teacher_num_steps=5,
         log_images_steps=0,
         num_teacher_images=0,
         save_strategy="no",
