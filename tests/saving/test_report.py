@@ -16,7 +16,7 @@ from rdm_trl.saving import report
 from rdm_trl.saving.pictures import card_picture, comparison_grid, read_grid, save_grid
 
 
-pytest.importorskip("plotly", reason='needs plotly: pip install "rdm_trl[report]"')
+get_plotlyjs = pytest.importorskip("plotly.offline", reason='needs plotly: pip install "rdm_trl[report]"').get_plotlyjs
 LIMIT = 15 * 2**20
 
 
@@ -50,6 +50,7 @@ def make_grid(prompts, color="red", shape=(16, 24)) -> Image.Image:
 
 def test_training_leaves_a_report_that_needs_nothing_else(finished_run):
     page = (finished_run / "report.html").read_text(encoding="utf-8")
+    assert page.count(get_plotlyjs()) == 1
     assert len(page) < LIMIT
     own = page.replace(report_script(page), "")
     assert not re.search(r"""(src|href)=["']?(https?:)?//|@import|url\(""", own)
