@@ -26,7 +26,8 @@ def test_a_minute_of_training_brings_the_student_nearer_to_teacher_and_data(tmp_
     """
     From where every run starts, with few of the main job's updates, at three times its rate; measured in the
     classifier's features, which training does not look at, against the real test images and against the guided
-    teacher's samples of other noise.
+    teacher's samples of other noise. How much nearer depends on the seed: this one ends at 0.82 and 0.83 of where it
+    began, two others at 0.99 and 0.91, 0.87 and 0.96.
     """
     config = RdmDistillConfig(
         str(tmp_path),
@@ -58,7 +59,7 @@ def test_a_minute_of_training_brings_the_student_nearer_to_teacher_and_data(tmp_
     after = distances()
     print(before, after)
     for start, end in zip(before, after, strict=True):
-        assert end < 0.88 * start
+        assert end < 0.95 * start
 
 
 def test_resuming_from_the_command_line(tmp_path):
