@@ -54,10 +54,11 @@ def main():
         images = guidance.GuidedImages(trainer)
         moments = guidance.moments_of(trainer, images()[0], images.prompts)
     images_before = 2 * torch.arange(args.num_images // 2).repeat(guidance.LEVELS)
-    held_out, scale = images_before >= args.num_images * 2 // 3, trainer.args.teacher_guidance_scale
+    held_out = images_before >= args.num_images * 2 // 3
+    none, most = guidance.range_of_guidance(trainer.family, trainer.args.teacher_guidance_scale)
     fits = {f"fitted to {size} images": chosen(moments, (images_before < size) & ~held_out) for size in args.sizes}
-    weights = {"the sampler's guidance": torch.tensor([[scale - 1], [0.0]]).expand(2, target.KNOTS)}
-    weights |= {name: target.fit(draws, scale) for name, draws in fits.items()}
+    weights = {"the sampler's guidance": torch.tensor([[most], [0.0]]).expand(2, target.KNOTS)}
+    weights |= {name: target.fit(draws, none, most) for name, draws in fits.items()}
     print("| | " + " | ".join(QUARTERS) + " | weights of guidance | of the prediction |")
     print("|---" * (len(QUARTERS) + 3) + "|")
     for name, found in weights.items():

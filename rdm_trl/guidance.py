@@ -224,7 +224,8 @@ def absorb_guidance(trainer, images: GuidedImages, key: str):
     if found is None:
         trainer.encode_negative([trainer.args.negative_prompts])  # refused here, where the pipeline has none
         latents, drawn = images()
-        found = target.fit(moments_of(trainer, latents, images.prompts), trainer.args.teacher_guidance_scale)
+        moments = moments_of(trainer, latents, images.prompts)
+        found = target.fit(moments, *range_of_guidance(trainer.family, trainer.args.teacher_guidance_scale))
         if main:
             write_tensors(file, {"weights": found})
     trainer.target = found
@@ -236,6 +237,16 @@ def predict_halves(trainer, x_t, timesteps, condition) -> tuple[torch.Tensor, to
     negative = trainer.encode_negative([trainer.args.negative_prompts])
     outputs = trainer.family.halves(trainer.denoise_as_teacher, x_t, timesteps, condition, negative)
     return tuple(trainer.process.to_x0(output, x_t, timesteps) for output in outputs)
+
+
+def range_of_guidance(family, guidance_scale: float) -> tuple[float, float]:
+    """
+    Weights of the difference of `halves` that stand for no guidance and for the sampler's. Of a network that takes the
+    scale as an input the first half is guided already, by the student's scale.
+    """
+    if not family.embeds_guidance:
+        return 0.0, guidance_scale - 1
+    return -1.0, (guidance_scale - 1) / (family.student_guidance_scale - 1) - 1
 
 
 def predict_target(trainer, x_t, timesteps, condition) -> torch.Tensor:

@@ -14,6 +14,7 @@ from tiny_pipelines import CASES, images_of, make, make_family_trainer
 
 from rdm_trl import evaluation, guidance
 from rdm_trl.method import target
+from rdm_trl.models.pipelines import family_of
 
 
 def options_of(tmp_path, **options):
@@ -112,6 +113,21 @@ def test_the_fit_sees_no_noise_that_an_image_was_drawn_from(tmp_path, monkeypatc
     levels = [sorted(level for row, _, level in seen if row == i) for i in range(6)]
     assert all(levels[i] == levels[i + 1] for i in (0, 2, 4)) and levels[0] != levels[2]
     assert min(map(min, levels)) < 100 and max(map(max, levels)) > 900
+
+
+@pytest.mark.parametrize("name", ["sd_epsilon", "flux_dev", "sd_embedded_guidance"])
+def test_what_stands_for_no_guidance_and_for_the_samplers(name):
+    """Of outputs that are linear in the scale, as a sum of two halves is: those with it, and with a scale of 1."""
+    family = family_of(make(CASES[name]))
+
+    def output(scale):
+        return 5.0 + 2.0 * scale
+
+    called = family.student_guidance_scale if family.embeds_guidance else 1.0
+    other = 1.0 if family.embeds_guidance else 0.0
+    weights = guidance.range_of_guidance(family, 2.5)
+    found = [output(called) + weight * (output(called) - output(other)) for weight in weights]
+    assert found == pytest.approx([output(1.0), output(2.5)])
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -78,13 +78,13 @@ def moments(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], f
     return Moments(fractions, across + across.mT, correlation[:, :, 0], own, square)
 
 
-def fit(moments: Moments, guidance_scale: float) -> torch.Tensor:
+def fit(moments: Moments, least: float, most: float) -> torch.Tensor:
     """
     Weights (2, KNOTS) of the features, by instruments over all pairs. A noise level counts by its draws, not by how
     badly images are predicted there: products are measured in units of their level's mean square residual.
 
-    No noise level has more guidance than the sampler's `guidance_scale`, or less than none. The other weight is then
-    the one that goes with it.
+    Weights of guidance are kept between `least` and `most`, those of none and of the sampler's own. The other weight
+    is then the one that goes with it.
     """
     shares = hats(moments.fractions).double()
     level = (shares.T @ moments.square) / shares.sum(0).clamp(min=1e-12)
@@ -93,7 +93,7 @@ def fit(moments: Moments, guidance_scale: float) -> torch.Tensor:
     right = torch.einsum("bk,bi,b->ik", shares, moments.correlation, weight).flatten()
     own = torch.einsum("bk,bi,b->ik", shares.square(), moments.own, weight).flatten()
     gram = gram + torch.diag(RIDGE * own + 1e-8 * own.max())
-    guidance = torch.linalg.solve(gram, right)[:KNOTS].clamp(0, guidance_scale - 1)
+    guidance = torch.linalg.solve(gram, right)[:KNOTS].clamp(least, most)
     rest = torch.linalg.solve(gram[KNOTS:, KNOTS:], right[KNOTS:] - gram[KNOTS:, :KNOTS] @ guidance)
     return torch.stack([guidance, rest]).float()
 
@@ -101,6 +101,5 @@ def fit(moments: Moments, guidance_scale: float) -> torch.Tensor:
 def predict(conditional, unconditional, fractions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The target's prediction (B, ...) with the fitted `weights` (2, KNOTS) at the noise levels `fractions` (B,)."""
     w = hats(fractions) @ weights.T
-    return conditional + (w.view(*w.shape, *(1,) * (conditional.ndim - 1)) * features(conditional, unconditional)).sum(
-        1
-    )
+    w = w.view(*w.shape, *(1,) * (conditional.ndim - 1))
+    return conditional + (w * features(conditional, unconditional)).sum(1)
