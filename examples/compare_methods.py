@@ -419,7 +419,7 @@ def compare(args, teacher: str | None, changes: dict, output_dir: Path):
             checkpoint = runs / f"{plain(method)}-{seed}" / f"checkpoint-{options['reward_warmup']}"
         chosen = {**options, **options_of(method), "seed": seed}
         if costs:
-            chosen["max_steps"] = round(options["max_steps"] * costs[methods[0]] / costs[method])
+            chosen["max_steps"] = max(1, round(options["max_steps"] * costs[methods[0]] / costs[method]))
         return measure, teacher, chosen, checkpoint, runs / f"{method}-{seed}", args.eval_steps
 
     todo = [(m, s) for s in args.seeds for m in methods if not (runs / f"{m}-{s}.json").exists()]

@@ -5,8 +5,8 @@
 """
 How far is the teacher, guided or fitted, from resting where the guided teacher is? What a prediction's error has in
 common over the images of a prompt moves them as a whole. For fits to so many images, in quarters of the noise levels:
-by how much this common error of held-out pairs (the last third) changes against no guidance, in % of the mean square
-error, and the fitted weights. Images are kept, and those of a run are used.
+by how much this common error of held-out pairs (the last third) changes against the student's own guidance (mostly
+none), in % of the mean square error, and the fitted weights. Images are kept, and those of a run are used.
 
 python examples/target_study.py                                                    # the embedded teacher
 python examples/target_study.py --teacher outputs/flow_teacher --set max_sequence_length=10

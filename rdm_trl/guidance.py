@@ -194,7 +194,9 @@ class GuidedImages:
 
 def key_of_target(images: GuidedImages) -> str:
     """The name of all that the target depends on; no two runs of one name fit another target."""
-    draws = [images.trainer.args.num_teacher_images, LEVELS, target.KNOTS, target.RIDGE]
+    args = images.trainer.args
+    weights = range_of_guidance(images.trainer.family, args.teacher_guidance_scale)
+    draws = [args.num_teacher_images, LEVELS, target.KNOTS, target.RIDGE, target.LARGEST_CONTRAST, *weights]
     rows = {"rows": images.suffixes} if any(images.suffixes) else {}
     return f"{images.key}-{digest(description({'draws': draws, **rows}))}"
 
@@ -242,9 +244,9 @@ def predict_halves(trainer, x_t, timesteps, condition) -> tuple[torch.Tensor, to
 def range_of_guidance(family, guidance_scale: float) -> tuple[float, float]:
     """
     Weights of the difference of `halves` that stand for no guidance and for the sampler's. Of a network that takes the
-    scale as an input the first half is guided already, by the student's scale.
+    scale as an input the first half is guided already, by the student's scale; its output is taken as linear in it.
     """
-    if not family.embeds_guidance:
+    if not family.embeds_guidance or family.student_guidance_scale == 1:  # there the halves are one
         return 0.0, guidance_scale - 1
     return -1.0, (guidance_scale - 1) / (family.student_guidance_scale - 1) - 1
 
@@ -284,7 +286,7 @@ def moments_of(trainer, latents: torch.Tensor, prompts: list[str]) -> target.Mom
     draws = {row[0]: row[1:] for row in gather_object(found)}  # the same of several are one
     values = zip(*(draws[i] for i in range(len(pairs))), strict=True)
     moments = target.Moments(*(torch.stack(value) for value in values))
-    trainer._check_finite("prediction of the teacher's images", moments.square)
+    trainer._check_finite("prediction of the teacher's images", moments.square + moments.own.sum(1))
     return moments
 
 

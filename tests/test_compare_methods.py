@@ -1,7 +1,6 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 import importlib
 import json
-import multiprocessing
 
 import pytest
 import torch
@@ -69,7 +68,7 @@ def test_seconds_of_updates_are_measured_once(tmp_path, tiny_teacher, monkeypatc
     assert costs["gndm,fake_updates=12"] > 1.5 * costs["gndm"]
     results = json.loads((tmp_path / "out" / "tiny" / "results.json").read_text())
     steps = [results[f"{method}-0"]["curve"][-1]["step"] for method in costs]
-    assert steps == [4, round(4 * costs["gndm"] / costs["gndm,fake_updates=12"])]
+    assert steps == [4, max(1, round(4 * costs["gndm"] / costs["gndm,fake_updates=12"]))]
     monkeypatch.setattr(script, "seconds_of_update", None)
     script.main()
 
@@ -78,10 +77,6 @@ def test_runs_side_by_side_end_where_one_alone_does(tmp_path, tiny_teacher, monk
     """In processes of their own, against this one."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     script = importlib.import_module("compare_methods")  # which the other processes find by its name
-    # They begin as empty as by the script's own way, but one import of the package is enough for both.
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["rdm_trl"])
-    monkeypatch.setattr(script, "get_context", {"spawn": server}.__getitem__)
     command = f"compare --teachers {tiny_teacher} --methods gndm --num_images 8 --eval_steps 2 --set {SMALL}".split()
     for folder, rest in (("two", "--workers 2 --seeds 0 1"), ("one", "--seeds 1")):
         monkeypatch.setattr("sys.argv", [*command, "--output_dir", str(tmp_path / folder), *rest.split()])

@@ -75,6 +75,8 @@ def test_every_family_absorbs_its_guidance(name, tmp_path):
     timesteps = trainer.student_timesteps[1].expand(2)
     halves = guidance.predict_halves(trainer, x_t, timesteps, condition)
     assert not torch.equal(*halves)
+    least, most = guidance.range_of_guidance(family, 3.0)
+    assert least < most and ((least <= trainer.target[0]) & (trainer.target[0] <= most)).all()
     with torch.no_grad():
         torch.testing.assert_close(halves[0], trainer.predict_x0(trainer.model, "teacher", x_t, timesteps, condition))
         if family.embeds_guidance:  # by the way that evaluation and R_dm call it with a scale of their own
@@ -103,8 +105,11 @@ def test_the_fit_sees_no_noise_that_an_image_was_drawn_from(tmp_path, monkeypatc
         seen.extend(zip(rows, noise, timesteps.tolist(), strict=True))
         return add_noise(x0, noise, timesteps)
 
+    said, encode = [], trainer.encode
     monkeypatch.setattr(trainer.process, "add_noise", watched)
+    monkeypatch.setattr(trainer, "encode", lambda prompts: said.extend(prompts) or encode(prompts))
     trainer.absorb_guidance()
+    assert said == [guidance.GuidedImages(trainer).prompts[row] for row, _, _ in seen]
     assert sorted(row for row, _, _ in seen) == [i for i in range(6) for _ in range(guidance.LEVELS)]
     begun = [torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(6)]
     noises = torch.stack([*begun, *(noise for _, noise, _ in seen)]).flatten(1)

@@ -19,9 +19,11 @@ import torch
 
 # Noise levels, evenly over the training range, between which the weights are interpolated linearly.
 KNOTS = 4
-# Added to the diagonal of the equations, relative to the features' own squares: where a prompt's images have nothing
-# in common, the weight is 0.
+# Added to the diagonal of the equations, relative to the features' own squares: where many pairs have nothing in
+# common, the weight is 0.
 RIDGE = 1e-2
+# Of the weight of contrast, which few pairs determine badly. On all teachers that were tried it is about 0.1 at most.
+LARGEST_CONTRAST = 1.0
 
 
 def draw_levels(number: int, generator: torch.Generator) -> torch.Tensor:
@@ -80,11 +82,11 @@ def moments(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], f
 
 def fit(moments: Moments, least: float, most: float) -> torch.Tensor:
     """
-    Weights (2, KNOTS) of the features, by instruments over all pairs. A noise level counts by its draws, not by how
-    badly images are predicted there: products are measured in units of their level's mean square residual.
+    Weights (2, KNOTS) of the features, by instruments over all pairs. Products are measured in units of their level's
+    mean square residual, or the levels where images are predicted badly would say all.
 
-    Weights of guidance are kept between `least` and `most`, those of none and of the sampler's own. The other weight
-    is then the one that goes with it.
+    Weights of guidance are cut off at `least` and `most`, those of none and of the sampler's own; those of contrast
+    are the ones that go with them, cut off at `LARGEST_CONTRAST`.
     """
     shares = hats(moments.fractions).double()
     level = (shares.T @ moments.square) / shares.sum(0).clamp(min=1e-12)
@@ -95,7 +97,7 @@ def fit(moments: Moments, least: float, most: float) -> torch.Tensor:
     gram = gram + torch.diag(RIDGE * own + 1e-8 * own.max())
     guidance = torch.linalg.solve(gram, right)[:KNOTS].clamp(least, most)
     rest = torch.linalg.solve(gram[KNOTS:, KNOTS:], right[KNOTS:] - gram[KNOTS:, :KNOTS] @ guidance)
-    return torch.stack([guidance, rest]).float()
+    return torch.stack([guidance, rest.clamp(-LARGEST_CONTRAST, LARGEST_CONTRAST)]).float()
 
 
 def predict(conditional, unconditional, fractions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -153,6 +153,13 @@ def test_what_says_nothing_changes_nothing():
     assert weights.isfinite().all() and (weights[0] == 0).all() and weights[1].abs().max() < 0.05
 
 
+def test_few_pairs_that_have_nothing_in_common_say_nothing_wild():
+    noise = torch.randn(2, 3, 2, *SHAPE, generator=generator())
+    weights = target.fit(target.moments(*noise, torch.tensor([0.3, 0.7])), 0.0, 1.0)
+    assert weights.isfinite().all() and (weights[0] >= 0).all() and (weights[0] <= 1).all()
+    assert weights[1].abs().max() <= target.LARGEST_CONTRAST
+
+
 def test_between_two_knots_weights_are_interpolated():
     fractions, ones = torch.tensor([0.0, 1 / 6, 1 / 3, 1.0]), torch.ones(4, *SHAPE)
     weights = torch.tensor([[1.0, 3.0, 0.0, 7.0], [0.0, 0.0, 0.0, 0.5]])
