@@ -43,7 +43,7 @@ class RdmDistillConfig(TrainingArguments):
     This class includes only the parameters that are specific to distillation. For all others, see
     [`~transformers.TrainingArguments`]; as in GRPO, `per_device_train_batch_size` counts images, so that 32 with
     `num_generations=4` is eight prompts. These defaults differ from it: `per_device_train_batch_size=32`,
-    `per_device_eval_batch_size=32`, `learning_rate=5e-4`, `lr_scheduler_type="linear"`, `max_steps=1000`,
+    `per_device_eval_batch_size=32`, `learning_rate=1e-3`, `lr_scheduler_type="linear"`, `max_steps=1000`,
     `logging_steps=10`, `remove_unused_columns=False` and `report_to="none"`.
 
     Parameters:
@@ -124,7 +124,8 @@ class RdmDistillConfig(TrainingArguments):
         dm_centering (`str`, *optional*, defaults to `"group"`):
             What is taken out of the fake score's residuals: `"group"`, the mean over the other images of the prompt,
             which is the error that a lagging fake score makes for all of them (GNDM, ours); `"none"`, nothing (DMD).
-            `"group"` needs `num_generations` of at least 2 and `dm_timestep_sampling="shared"`.
+            `"group"` needs `num_generations` of at least 2 and `dm_timestep_sampling="shared"`. With 4, 6, 8 ...
+            images a prompt and no black-box reward they are drawn in mirrored pairs: from noise and its negative.
         dm_normalization (`str`, *optional*, defaults to `"group"`):
             What divides R_dm's direction: `"group"`, the scale averaged over the images of a prompt (GNDM);
             `"sample"`, each image's own scale (DMD); `"batch"`, the average over all images; `"none"`, nothing.
@@ -235,7 +236,7 @@ class RdmDistillConfig(TrainingArguments):
     # Parameters whose default values are overridden from TrainingArguments
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images a step and device."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Images sampled at once in evaluation."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of the student."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the student."})
     lr_scheduler_type: SchedulerType | str = field(
         default="linear", metadata={"help": "Learning rate schedule of the student."}
     )
@@ -542,6 +543,14 @@ class RdmDistillConfig(TrainingArguments):
                 continue  # functions are allowed; `resolve_reward` checks each
             if name not in ("lr_scheduler_type", "fake_lr_scheduler_type", "report_to"):
                 check_type(name, getattr(self, name), kind)
+
+    @property
+    def mirrors_noise(self) -> bool:
+        """
+        Whether the images of a prompt are drawn in mirrored pairs, of which centring needs at least two. Not while
+        black boxes act: in an image's baseline are the others' rewards, which must not know of its own noise.
+        """
+        return self.dm_centering == "group" and self.num_generations >= 4 and self.num_generations % 2 == 0
 
     @property
     def prompts_per_generation(self) -> int:

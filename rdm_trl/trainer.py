@@ -297,10 +297,12 @@ class RdmDistillTrainer(Trainer):
         # Asked at the very first step too, whatever the warm-up: a reward that fails does so at once.
         asked = bool(self.rewards.functions) and self.state.global_step not in range(1, args.reward_warmup)
         complete = shows or (asked and bool(self.rewards.black_boxes))
+        warms_up = self.state.global_step < args.reward_warmup
+        mirrored = args.mirrors_noise and (warms_up or not self.rewards.black_boxes)
         exit_steps = policy.draw_exit_steps(num_groups, args.num_generations, args.sample_num_steps)
         images, answers, seen = None, None, torch.zeros(len(exit_steps))
         with self.accelerator.autocast():
-            rollout = self.rollout(condition, exit_steps.to(device), complete)
+            rollout = self.rollout(condition, exit_steps.to(device), complete, mirrored)
         if complete:
             images = self.family.decode(rollout.latents[:, -1])
             self._record({"x0/saturation": ((images < 1 / 255) | (images > 254 / 255)).float().mean()})
@@ -317,7 +319,8 @@ class RdmDistillTrainer(Trainer):
         low, high = args.dm_timestep_range
         sampling, lows = args.dm_timestep_sampling, seen.clamp(min=low)
         fractions = matching.draw_fractions(num_groups, args.num_generations, sampling, lows, high)
-        timesteps, noise = self.process.timesteps_at(fractions).to(device), torch.randn_like(rollout.x0)
+        timesteps = self.process.timesteps_at(fractions).to(device)
+        noise = policy.draw_noise(rollout.x0.shape, device, mirrored)
         with self.accelerator.autocast():
             x_t = self.process.add_noise(rollout.x0, noise, timesteps)
             teacher = self.predict_teacher(x_t, timesteps, condition)
@@ -327,7 +330,7 @@ class RdmDistillTrainer(Trainer):
         if asked:
             rewards, pushes, details = self.rewards.ask(answers, rollout.x0, self.family.decode, prompts, metadata)
             self._record(self.rewards.figures(gather(rewards)))
-        if self.state.global_step < args.reward_warmup:
+        if warms_up:
             pushes = None
         if shows and self.is_world_process_zero():
             shown = [[images, prompts, metadata, *of_one(self.rewards.names, rewards, details)]]
@@ -352,6 +355,7 @@ class RdmDistillTrainer(Trainer):
                 timesteps,
                 x0,
                 weight,
+                rollout.mirrored,
             )
         self._check_finite("R_dm", probe.direction.flatten(1).abs().sum(1), experience.prompts)
         self._record(probe.figures(args.num_generations))
@@ -365,16 +369,16 @@ class RdmDistillTrainer(Trainer):
         self._record(self.rewards.mixing_figures())
         return feedback
 
-    def rollout(self, condition: dict[str, torch.Tensor], exit_steps: torch.Tensor, complete: bool):
+    def rollout(self, condition: dict[str, torch.Tensor], exit_steps: torch.Tensor, complete: bool, mirrored=False):
         shape = (len(exit_steps), self.args.sample_num_steps, *self.family.latent_shape)
-        noise = torch.randn(shape, device=self.accelerator.device)
+        noise = policy.draw_noise(shape, self.accelerator.device, mirrored)
         self.cost["rollouts"] += len(exit_steps)
 
         def predict(x_t, timesteps, rows):
             chosen = {key: value[rows] for key, value in condition.items()}
             return self.predict_x0(self.model, "student", x_t, timesteps, chosen)
 
-        rollout = policy.rollout(predict, self.process, self.student_timesteps, noise, exit_steps, complete)
+        rollout = policy.rollout(predict, self.process, self.student_timesteps, noise, exit_steps, complete, mirrored)
         if self.model.sharded:
             once = noise[:1, 0], self.student_timesteps[:1], slice(1)
             sharding.keep_company(shape[1] if complete else int(exit_steps.max()), lambda: predict(*once))
@@ -394,7 +398,9 @@ class RdmDistillTrainer(Trainer):
         """`fake_updates` denoising updates of the fake score on the student's latest images."""
 
         def denoising_loss(x0, condition, seen):
-            timesteps = self.process.timesteps_at(seen + (1 - seen) * torch.rand(len(x0))).to(x0.device)
+            groups = len(x0) // self.args.num_generations, self.args.num_generations
+            fractions = matching.draw_fractions(*groups, "stratified", seen, 1.0)
+            timesteps = self.process.timesteps_at(fractions).to(x0.device)
             return self.denoising_loss(x0, torch.randn_like(x0), timesteps, condition)
 
         for _ in range(self.args.fake_updates):

@@ -201,7 +201,7 @@ def test_an_exit_steps_images_are_matched_only_where_the_next_step_sees_them(tmp
             levels = torch.cat([e.timesteps[e.rollout.exit_steps == step] for e in found])
             assert levels.min() >= low and levels.min() < low + 100
 
-    # The fake score is trained there too: no call below an image's level.
+    # The fake score is trained there too, the images of a prompt each in a quarter of its own of these levels.
     trainer = make_trainer(tmp_path)
     levels = []
     denoise = trainer.family.denoise
@@ -215,8 +215,45 @@ def test_an_exit_steps_images_are_matched_only_where_the_next_step_sees_them(tmp
     trainer.args.fake_updates = 20
     trainer.create_optimizer()
     trainer.update_fake()
-    lowest = torch.stack(levels).amin(0)
+    levels = torch.stack(levels)
+    lowest = levels.amin(0)
     assert (lowest >= (seen * 1000).long()).all() and lowest[0] < 249
+    quarters = ((levels / 1000 - seen) / (1 - seen)).sort(1).values - torch.arange(4) / 4
+    assert (quarters > -0.01).all() and (quarters < 0.26).all() and (quarters.std(0) > 0.03).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "rewards", "mirrored"),
+    [
+        ({}, [], True),
+        ({"num_generations": 8}, [], True),
+        ({"num_generations": 2}, [], False),
+        ({"dm_centering": "none"}, [], False),
+        ({}, [redness], False),
+        ({"reward_warmup": 2}, [redness], True),
+        ({"reward_warmup": 1}, [redness], False),
+    ],
+    ids=["default", "eight", "two", "DMD", "black box", "black box later", "black box now"],
+)
+def test_the_images_of_a_prompt_are_drawn_in_mirrored_pairs(tmp_path, monkeypatch, options, rewards, mirrored):
+    """All noise of a trajectory and R_dm's, where the group centres by pairs and no black box has a baseline."""
+    draws = []
+    rollout = policy.rollout
+    monkeypatch.setattr(policy, "rollout", lambda *args: draws.append(args[3]) or rollout(*args))
+    trainer = make_trainer(tmp_path, rewards, **options)
+    trainer.state.global_step = 1
+    experience = trainer._prepare_inputs([{"prompt": p} for p in ("a dress", "a coat") for _ in range(4)])[
+        "experience"
+    ]
+    for noise in (draws[0], experience.noise):
+        pairs = noise.unflatten(0, (-1, 2))
+        assert torch.equal(pairs[:, 0], -pairs[:, 1]) == mirrored
+        assert (pairs[0] - pairs[1]).abs().min() > 0 and noise.std().sub(1).abs() < 0.15
+    assert experience.rollout.mirrored == mirrored
+    samples, _ = trainer._generate_samples(1, 3)  # DDPO's, of any prompts and number
+    assert len(samples[0]["latents"]) == 3 and not torch.equal(
+        samples[0]["latents"][0, 0], -samples[0]["latents"][1, 0]
+    )
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):

@@ -27,12 +27,19 @@ class Probe:
         distance (B, ...): absolute distance of x0 from the teacher's prediction, whose mean is DMD's normaliser.
         residual (B, ...): `mu_fake - x0`, whose mean over the student's images an exact fake score keeps at 0.
         reward (B,): scalar estimate of R_dm per element (see `reward_estimate`).
+        mirrored (`bool`): whether each two neighbours come from noise and its negative (see `policy.draw_noise`).
     """
 
     direction: torch.Tensor
     distance: torch.Tensor
     residual: torch.Tensor
     reward: torch.Tensor
+    mirrored: bool = False
+
+    def independent_residuals(self, num_generations: int) -> torch.Tensor:
+        """What is independent in each group, (groups, parts, ...): images, or the means of mirrored pairs."""
+        size = 2 if self.mirrored else 1
+        return self.residual.unflatten(0, (-1, num_generations // size, size)).mean(2)
 
     def figures(self, num_generations: int) -> dict[str, torch.Tensor]:
         """What is logged of it, where the images of a prompt are `num_generations` neighbours."""
@@ -45,7 +52,7 @@ class Probe:
         if num_generations > 1:
             scale = self.distance.flatten(1).mean(1).view(-1, num_generations)
             figures["dm/scale_spread"] = (scale.std(1) / scale.mean(1)).mean()
-            figures["dm/fake_error"] = common_square(self.residual, num_generations)
+            figures["dm/fake_error"] = common_square(self.independent_residuals(num_generations))
             figures["dm/direction_square"] = self.direction.square().mean()
         return figures
 
@@ -79,6 +86,7 @@ def probe(
     timesteps: torch.Tensor,
     new_x0=None,
     weight: torch.Tensor | float = 1.0,
+    mirrored: bool = False,
 ) -> Probe:
     """
     Evaluates R_dm at `a x0 + b noise`.
@@ -90,6 +98,7 @@ def probe(
         new_x0 (B, ...), weight (B, ...): where `x0` is what an older student made of the same states: what the
             student makes of them now, and the importance ratio of `a x0 + b noise`. Weighed by it, the expectations
             of direction and residual are those of new draws (see `docs/method.md`).
+        mirrored (`bool`): whether each two neighbours come from noise and its negative.
     """
     x_t = process.add_noise(x0, noise, timesteps)
     teacher, fake = predict_teacher(x_t, timesteps), predict_fake(x_t, timesteps)
@@ -98,6 +107,7 @@ def probe(
         distance=(x0 - teacher).abs(),
         residual=weight * (fake - (x0 if new_x0 is None else new_x0)),
         reward=reward_estimate(teacher, fake, x0, timesteps, process),
+        mirrored=mirrored,
     )
 
 
@@ -114,14 +124,15 @@ def reward_estimate(teacher, fake, x0, timesteps: torch.Tensor, process: NoisePr
     return ((a / b).square() * difference).flatten(1).mean(1)
 
 
-def common_square(residual: torch.Tensor, num_generations: int) -> torch.Tensor:
+def common_square(residuals: torch.Tensor) -> torch.Tensor:
     """
-    Mean square of what the residuals (B, ...) of a group have in common: the products of different images, which no
-    noise of their own biases. Its expectation is 0 for an exact fake score, so that single values may be negative.
+    Mean square of what a group's independent `residuals` (groups, parts, ...) have in common: the products of
+    different ones, which no noise of their own biases. Its expectation is 0 for an exact fake score, so that single
+    values may be negative.
     """
-    groups = residual.unflatten(0, (-1, num_generations))
-    products = groups.sum(1).square() - groups.square().sum(1)
-    return products.mean() / (num_generations * (num_generations - 1))
+    number = residuals.shape[1]
+    products = residuals.sum(1).square() - residuals.square().sum(1)
+    return products.mean() / (number * (number - 1))
 
 
 def center(probe: Probe, num_generations: int) -> Probe:
@@ -133,11 +144,16 @@ def center(probe: Probe, num_generations: int) -> Probe:
     For the student's exact score the residuals have mean 0 at every noise level, so that the mean of the others
     estimates, without bias and independently of image i, the error that this level's predictions share, whatever made
     it: above all lag. With image i inside the mean its own -x0 would pull it to its denoised self. It is RLOO's
-    leave-one-out baseline, on the student's half of R_dm. Its price is 1 / (G - 1) of the residual's variance. Ours.
+    leave-one-out baseline, on the student's half of R_dm. Its price is 1 / (G - 1) of the residual's variance.
+
+    Of mirrored images the pair is left out, since image i says what the other was drawn from: the price is then
+    (1 + r) / (G - 2), with the correlation r of a pair's residuals, which is negative. Ours.
     """
-    groups = probe.residual.unflatten(0, (-1, num_generations))
-    others = (groups.sum(1, keepdim=True) - groups) / (num_generations - 1)
-    return replace(probe, direction=probe.direction + others.flatten(0, 1))
+    residuals = probe.independent_residuals(num_generations)
+    number = residuals.shape[1]
+    others = (residuals.sum(1, keepdim=True) - residuals) / (number - 1)
+    others = others.flatten(0, 1).repeat_interleave(num_generations // number, 0)
+    return replace(probe, direction=probe.direction + others)
 
 
 def normalize(

@@ -27,12 +27,14 @@ class Rollout:
             Images that stopped at their exit step are zero behind it.
         exit_steps (B,): the step k at which each image is trained.
         x0 (B, ...): the student's prediction at its exit step; `None` until the update that trains it has made it.
+        mirrored (`bool`): whether each two neighbours were drawn from noise and its negative, see `draw_noise`.
     """
 
     timesteps: torch.Tensor
     latents: torch.Tensor
     exit_steps: torch.Tensor
     x0: torch.Tensor | None = None
+    mirrored: bool = False
 
     @property
     def exit_latents(self) -> torch.Tensor:
@@ -54,6 +56,17 @@ class Rollout:
         """`a / b` (B,) of the transition behind the exit step; 0 behind the last step, which is deterministic."""
         a, b = process.coefficients(self.timesteps, self.timesteps)
         return torch.cat([(a / b)[1:], a.new_zeros(1)])[self.exit_steps]
+
+
+def draw_noise(shape: tuple[int, ...], device: torch.device, mirrored: bool = False) -> torch.Tensor:
+    """
+    Gaussian noise of `shape` (B, ...); where it is `mirrored` each second image gets the negative of the one before it
+    (antithetic variates, Hammersley and Morton 1956): normal by itself, and what is odd in it leaves a pair's sum.
+    """
+    if not mirrored:
+        return torch.randn(shape, device=device)
+    half = torch.randn((shape[0] // 2, *shape[1:]), device=device)
+    return torch.stack([half, -half], 1).flatten(0, 1)
 
 
 def draw_exit_steps(num_groups: int, num_generations: int, num_steps: int) -> torch.Tensor:
@@ -81,6 +94,7 @@ def rollout(
     noise: torch.Tensor,
     exit_steps: torch.Tensor,
     complete: bool = False,
+    mirrored: bool = False,
 ) -> Rollout:
     """
     Runs the student from pure noise.
@@ -91,6 +105,7 @@ def rollout(
         noise (B, K, ...): `noise[:, 0]` starts each image, `noise[:, k]` re-noises it to `timesteps[k]`.
         exit_steps (B,): in `0 ... K - 1`; an image gets to the state at its exit step, where its update goes on,
         complete (`bool`): unless all K steps are wanted of all images.
+        mirrored (`bool`): whether `noise` is (see `draw_noise`).
     """
     num_images, num_steps = noise.shape[:2]
     latents = noise.new_zeros((num_images, num_steps + 1, *noise.shape[2:]))
@@ -104,7 +119,7 @@ def rollout(
             latents[rows, k + 1] = process.add_noise(x0, noise[rows, k + 1], timesteps[k + 1].expand(len(rows)))
         else:
             latents[rows, k + 1] = x0
-    return Rollout(timesteps, latents, exit_steps)
+    return Rollout(timesteps, latents, exit_steps, mirrored=mirrored)
 
 
 def log_prob(next_latents: torch.Tensor, x0: torch.Tensor, next_timesteps: torch.Tensor, process: NoiseProcess):

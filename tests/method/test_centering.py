@@ -79,13 +79,68 @@ def test_the_common_error_is_measured_without_bias(offset):
     student = STUDENTS["mixture"]
     right = exact_denoiser(student)
     x0, found, _ = draw(student, lambda x_t, t: right(x_t, t) + offset, exact_denoiser(TEACHERS["mixture"]))
-    values = torch.stack([common_square(part, GROUP) for part in found.residual.chunk(1000)])
+    values = torch.stack([common_square(part.view(-1, GROUP, 1)) for part in found.residual.chunk(1000)])
     assert is_zero(values - offset**2)
     assert found.residual.mean(0).square().item() < values.mean() + 1e-3  # not the square of a mean of few
     biased = found.residual.view(-1, GROUP).mean(1).square().mean()
     assert not is_zero(values - biased)
     figures = found.figures(GROUP)
     torch.testing.assert_close(figures["dm/fake_error"], values.mean())
+
+
+# The student's image of its noise (B, 2): one number says which component, the other where in it.
+DRAWN = {
+    "gaussian": lambda noise: 0.2 + 0.9 * noise[:, 1:],
+    "mixture": lambda noise: torch.where(noise[:, :1] < 0, -1.0 + 0.5 * noise[:, 1:], 0.6 + 0.3 * noise[:, 1:]),
+}
+
+
+def draw_mirrored(name, predict_fake, number=NUMBER):
+    """R_dm as in `draw`, at images (number * GROUP, 1) of mirrored noise."""
+    torch.manual_seed(0)
+    state = policy.draw_noise((number * GROUP, 2), "cpu", mirrored=True).double()
+    x0, timesteps = DRAWN[name](state), torch.full((len(state),), T)
+    noise = policy.draw_noise(x0.shape, "cpu", mirrored=True).double()
+    return x0, probe(exact_denoiser(TEACHERS[name]), predict_fake, PROCESS, x0, noise, timesteps, mirrored=True)
+
+
+def test_of_mirrored_images_the_pair_is_left_out():
+    """The offset leaves each direction, whatever its image's noise was; not so if image i alone is left out."""
+    right = exact_denoiser(STUDENTS["mixture"])
+    x0, found = draw_mirrored("mixture", lambda x_t, t: right(x_t, t) + 0.2)
+    pairs, images = (
+        center(which, GROUP).direction - found.direction - 0.2 for which in (found, replace(found, mirrored=False))
+    )
+    assert is_zero(pairs.view(-1, GROUP).mean(1))
+    assert is_zero((pairs * x0).view(-1, GROUP).mean(1))
+    assert not is_zero((images * x0).view(-1, GROUP).mean(1))
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.2])
+@pytest.mark.parametrize("group", [4, 8])
+def test_mirrored_images_centre_at_less_variance(group, offset):
+    right = exact_denoiser(STUDENTS["mixture"])
+    _, found = draw_mirrored("mixture", lambda x_t, t: right(x_t, t) + offset)
+    added = center(found, group).direction - found.direction
+    first, second = (found.residual - offset).view(-1, 2).unbind(1)
+    r = (first * second).mean() / found.residual.var()
+    assert r < -0.5
+    torch.testing.assert_close(added.var(), (1 + r) / (group - 2) * found.residual.var(), rtol=0.03, atol=0)
+    # What is logged as the fake score's error has no bias either, and would, were a pair taken for two images.
+    values, wrong = (
+        torch.stack([common_square(part) for part in which.independent_residuals(group).chunk(500)])
+        for which in (found, replace(found, mirrored=False))
+    )
+    assert is_zero(values - offset**2) and not is_zero(wrong - offset**2)
+    torch.testing.assert_close(found.figures(group)["dm/fake_error"], values.mean())
+
+
+def test_mirrored_images_of_a_gaussian_centre_without_noise():
+    """Where prediction and image are linear in the noise, a pair's residuals cancel: what is left is the error."""
+    right = exact_denoiser(STUDENTS["gaussian"])
+    _, found = draw_mirrored("gaussian", lambda x_t, t: right(x_t, t) + 0.2, 100)
+    added = center(found, GROUP).direction - found.direction
+    torch.testing.assert_close(added, torch.full_like(added, 0.2), rtol=0, atol=1e-5)
 
 
 def test_a_groups_mean_is_of_its_own_prompt():
