@@ -152,7 +152,8 @@ class RdmDistillConfig(TrainingArguments):
 
         fake_updates (`int`, *optional*, defaults to `1`):
             Updates of the fake score for each update of the student, all on the student's rollout. With
-            `dm_centering="none"` (DMD) take 3 or more: its direction has all of the fake score's lag.
+            `dm_centering="none"` (DMD) take 3 or more and half of the student's `learning_rate`: its direction has all
+            of the fake score's lag.
         fake_learning_rate (`float`, *optional*, defaults to `5e-4`):
             Learning rate of the fake score, which uses the same kind of optimizer as the student.
         fake_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
@@ -547,8 +548,9 @@ class RdmDistillConfig(TrainingArguments):
     @property
     def mirrors_noise(self) -> bool:
         """
-        Whether the images of a prompt are drawn in mirrored pairs, of which centring needs at least two. Not while
-        black boxes act: in an image's baseline are the others' rewards, which must not know of its own noise.
+        Whether the images of a prompt are drawn in mirrored pairs, of which centring needs at least two. The trainer
+        does not while black boxes act: in an image's baseline are the others' rewards, which must not know of its
+        noise.
         """
         return self.dm_centering == "group" and self.num_generations >= 4 and self.num_generations % 2 == 0
 

@@ -302,7 +302,7 @@ class RdmDistillTrainer(Trainer):
         exit_steps = policy.draw_exit_steps(num_groups, args.num_generations, args.sample_num_steps)
         images, answers, seen = None, None, torch.zeros(len(exit_steps))
         with self.accelerator.autocast():
-            rollout = self.rollout(condition, exit_steps.to(device), complete, mirrored)
+            rollout = self.rollout(condition, exit_steps.to(device), complete, mirrored=mirrored)
         if complete:
             images = self.family.decode(rollout.latents[:, -1])
             self._record({"x0/saturation": ((images < 1 / 255) | (images > 254 / 255)).float().mean()})
@@ -320,7 +320,7 @@ class RdmDistillTrainer(Trainer):
         sampling, lows = args.dm_timestep_sampling, seen.clamp(min=low)
         fractions = matching.draw_fractions(num_groups, args.num_generations, sampling, lows, high)
         timesteps = self.process.timesteps_at(fractions).to(device)
-        noise = policy.draw_noise(rollout.x0.shape, device, mirrored)
+        noise = policy.draw_noise(rollout.x0.shape, device, rollout.mirrored)
         with self.accelerator.autocast():
             x_t = self.process.add_noise(rollout.x0, noise, timesteps)
             teacher = self.predict_teacher(x_t, timesteps, condition)

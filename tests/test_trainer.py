@@ -210,50 +210,59 @@ def test_an_exit_steps_images_are_matched_only_where_the_next_step_sees_them(tmp
         levels.append(timesteps)
         return denoise(denoiser, x_t, timesteps, condition)
 
-    trainer._fake_batches.append((torch.zeros(4, 4, 4, 4), trainer.encode(["a"] * 4), seen))
+    trainer._fake_batches.append((torch.zeros(8, 4, 4, 4), trainer.encode(["a"] * 8), seen.repeat(2)))
     trainer.family.denoise = spy
     trainer.args.fake_updates = 20
     trainer.create_optimizer()
     trainer.update_fake()
-    levels = torch.stack(levels)
+    levels = torch.stack(levels).view(-1, 4)
     lowest = levels.amin(0)
     assert (lowest >= (seen * 1000).long()).all() and lowest[0] < 249
     quarters = ((levels / 1000 - seen) / (1 - seen)).sort(1).values - torch.arange(4) / 4
     assert (quarters > -0.01).all() and (quarters < 0.26).all() and (quarters.std(0) > 0.03).all()
 
 
+def reddish(images, prompts, metadata):
+    return redness(images, prompts, metadata)
+
+
+reddish.differentiable = True
+
+
 @pytest.mark.parametrize(
-    ("options", "rewards", "mirrored"),
+    ("options", "rewards", "step", "mirrored"),
     [
-        ({}, [], True),
-        ({"num_generations": 8}, [], True),
-        ({"num_generations": 2}, [], False),
-        ({"dm_centering": "none"}, [], False),
-        ({}, [redness], False),
-        ({"reward_warmup": 2}, [redness], True),
-        ({"reward_warmup": 1}, [redness], False),
+        ({}, [], 1, True),
+        ({"num_generations": 8}, [], 1, True),
+        ({"num_generations": 2}, [], 1, False),
+        ({"num_generations": 5}, [], 1, False),
+        ({"dm_centering": "none"}, [], 1, False),
+        ({}, [redness], 1, False),
+        ({}, [reddish], 1, True),
+        ({"reward_warmup": 2}, [redness], 0, True),
+        ({"reward_warmup": 2}, [redness], 1, True),
+        ({"reward_warmup": 2}, [redness], 2, False),
     ],
-    ids=["default", "eight", "two", "DMD", "black box", "black box later", "black box now"],
+    ids=["default", "eight", "two", "five", "DMD", "black box", "differentiable", "first", "warm-up", "behind it"],
 )
-def test_the_images_of_a_prompt_are_drawn_in_mirrored_pairs(tmp_path, monkeypatch, options, rewards, mirrored):
+def test_the_images_of_a_prompt_are_drawn_in_mirrored_pairs(tmp_path, monkeypatch, options, rewards, step, mirrored):
     """All noise of a trajectory and R_dm's, where the group centres by pairs and no black box has a baseline."""
     draws = []
     rollout = policy.rollout
     monkeypatch.setattr(policy, "rollout", lambda *args: draws.append(args[3]) or rollout(*args))
-    trainer = make_trainer(tmp_path, rewards, **options)
-    trainer.state.global_step = 1
-    experience = trainer._prepare_inputs([{"prompt": p} for p in ("a dress", "a coat") for _ in range(4)])[
-        "experience"
-    ]
+    size = 2 * options.get("num_generations", 4)
+    trainer = make_trainer(tmp_path, rewards, per_device_train_batch_size=size, **options)
+    trainer.state.global_step = step
+    rows = [{"prompt": "a dress" if i < size // 2 else "a coat"} for i in range(size)]
+    experience = trainer._prepare_inputs(rows)["experience"]
     for noise in (draws[0], experience.noise):
         pairs = noise.unflatten(0, (-1, 2))
         assert torch.equal(pairs[:, 0], -pairs[:, 1]) == mirrored
         assert (pairs[0] - pairs[1]).abs().min() > 0 and noise.std().sub(1).abs() < 0.15
     assert experience.rollout.mirrored == mirrored
     samples, _ = trainer._generate_samples(1, 3)  # DDPO's, of any prompts and number
-    assert len(samples[0]["latents"]) == 3 and not torch.equal(
-        samples[0]["latents"][0, 0], -samples[0]["latents"][1, 0]
-    )
+    latents = samples[0]["latents"]
+    assert len(latents) == 3 and not torch.equal(latents[0, 0], -latents[1, 0])
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):

@@ -147,7 +147,7 @@ def center(probe: Probe, num_generations: int) -> Probe:
     leave-one-out baseline, on the student's half of R_dm. Its price is 1 / (G - 1) of the residual's variance.
 
     Of mirrored images the pair is left out, since image i says what the other was drawn from: the price is then
-    (1 + r) / (G - 2), with the correlation r of a pair's residuals, which is negative. Ours.
+    (1 + r) / (G - 2), with the correlation r of a pair's residuals; less, where r is below -1 / (G - 1). Ours.
     """
     residuals = probe.independent_residuals(num_generations)
     number = residuals.shape[1]
