@@ -43,7 +43,7 @@ class RdmDistillConfig(TrainingArguments):
     This class includes only the parameters that are specific to distillation. For all others, see
     [`~transformers.TrainingArguments`]; as in GRPO, `per_device_train_batch_size` counts images, so that 32 with
     `num_generations=4` is eight prompts. These defaults differ from it: `per_device_train_batch_size=32`,
-    `per_device_eval_batch_size=32`, `learning_rate=1e-3`, `lr_scheduler_type="linear"`, `max_steps=1000`,
+    `per_device_eval_batch_size=32`, `learning_rate=1e-3`, `lr_scheduler_type="linear"`, `max_steps=500`,
     `logging_steps=10`, `remove_unused_columns=False` and `report_to="none"`.
 
     Parameters:
@@ -241,7 +241,7 @@ class RdmDistillConfig(TrainingArguments):
     lr_scheduler_type: SchedulerType | str = field(
         default="linear", metadata={"help": "Learning rate schedule of the student."}
     )
-    max_steps: int = field(default=1000, metadata={"help": "Updates of the student."})
+    max_steps: int = field(default=500, metadata={"help": "Updates of the student."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many updates."})
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Kept off: other columns than `prompt` are for the rewards."}
