@@ -311,7 +311,7 @@ def test_others_who_seed_the_generators(tmp_path):
         if act is seed:
             trainer.add_callback(Seeding())
         draw = trainer.rollout
-        trainer.rollout = lambda *args: seen.append(torch.get_rng_state()) or draw(*args)
+        trainer.rollout = lambda *a, **k: seen.append(torch.get_rng_state()) or draw(*a, **k)
         trainer.train()
         return seen, weights_of(trainer)
 
