@@ -152,8 +152,8 @@ class RdmDistillConfig(TrainingArguments):
 
         fake_updates (`int`, *optional*, defaults to `1`):
             Updates of the fake score for each update of the student, all on the student's rollout. With
-            `dm_centering="none"` (DMD) take 3 or more and half of the student's `learning_rate`: its direction has all
-            of the fake score's lag.
+            `dm_centering="none"` (DMD) take 3 or more, and a `learning_rate` of 5e-4, since twice of it gained DMD
+            nothing: its direction has all of the fake score's lag.
         fake_learning_rate (`float`, *optional*, defaults to `5e-4`):
             Learning rate of the fake score, which uses the same kind of optimizer as the student.
         fake_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):

@@ -16,7 +16,7 @@ from rdm_trl import callbacks
 from rdm_trl.method import matching, policy
 
 
-# A short run in which a reward moves the tiny pipeline, with every seed of five: a black box needs many images.
+# A short run in which a reward moves the tiny pipeline, with each of four seeds: a black box needs many images.
 LEARNING = dict(
     max_steps=30,
     per_device_train_batch_size=128,
