@@ -4,12 +4,13 @@
 # ///
 """
 How far is the teacher, guided or fitted, from resting where the guided teacher is? What a prediction's error has in
-common over the images of a prompt moves them as a whole. For fits to so many images, in quarters of the noise levels:
-by how much this common error of held-out pairs (the last third) changes against the student's own guidance (mostly
-none), in % of the mean square error, and the fitted weights. Images are kept, and those of a run are used.
+common over the images of a prompt moves them as a whole. For the student's own guidance (mostly none), the sampler's,
+and fits to so many images, in quarters of the noise levels: this common error of held-out pairs (the last third) in %
+of the mean square error, and the fitted weights. Images are kept, and those of a run are used.
 
 python examples/target_study.py                                                    # the embedded teacher
 python examples/target_study.py --teacher outputs/flow_teacher --set max_sequence_length=10
+python examples/target_study.py --teacher outputs/emoji_teacher --num_images 300 --sizes 40 200 --set teacher_guidance_scale=4
 """
 
 import argparse
@@ -30,15 +31,15 @@ def chosen(moments: Moments, draws: torch.Tensor) -> Moments:
     return Moments(*(value[draws] for value in moments))
 
 
-def changes(moments: Moments, weights: torch.Tensor) -> list[float]:
+def common_error(moments: Moments, weights: torch.Tensor) -> list[float]:
     """
-    By how much `weights` (2, KNOTS) change the product of the residuals of two images of a prompt, in units of their
-    mean square, in each quarter of the noise levels.
+    The product of the target's two residuals in a pair, with `weights` (2, KNOTS), in % of the mean square residual of
+    the teacher without them, in each quarter of the noise levels.
     """
     w = target.hats(moments.fractions).double() @ weights.double().T
-    change = torch.einsum("bi,bij,bj->b", w, moments.gram, w) / 2 - (w * moments.correlation).sum(1)
+    error = moments.common - (w * moments.correlation).sum(1) + torch.einsum("bi,bij,bj->b", w, moments.gram, w) / 2
     quarter = (moments.fractions * 4).long().clamp(max=3)
-    return [(2 * change[quarter == k].sum() / moments.square[quarter == k].sum()).item() for k in range(4)]
+    return [(200 * error[quarter == k].sum() / moments.square[quarter == k].sum()).item() for k in range(4)]
 
 
 def main():
@@ -57,12 +58,13 @@ def main():
     held_out = images_before >= args.num_images * 2 // 3
     none, most = guidance.range_of_guidance(trainer.family, trainer.args.teacher_guidance_scale)
     fits = {f"fitted to {size} images": chosen(moments, (images_before < size) & ~held_out) for size in args.sizes}
-    weights = {"the sampler's guidance": torch.tensor([[most], [0.0]]).expand(2, target.KNOTS)}
+    weights = {"the student's own guidance": torch.zeros(2, target.KNOTS)}
+    weights["the sampler's"] = torch.tensor([[most], [0.0]]).expand(2, target.KNOTS)
     weights |= {name: target.fit(draws, none, most) for name, draws in fits.items()}
     print("| | " + " | ".join(QUARTERS) + " | weights of guidance | of the prediction |")
     print("|---" * (len(QUARTERS) + 3) + "|")
     for name, found in weights.items():
-        cells = [f"{100 * change:+.2f}" for change in changes(chosen(moments, held_out), found)]
+        cells = [f"{error:.2f}" for error in common_error(chosen(moments, held_out), found)]
         cells += [", ".join(f"{weight:.2f}" for weight in row) for row in found.tolist()]
         print(f"| {name} | " + " | ".join(cells) + " |")
 

@@ -56,6 +56,7 @@ class Moments(NamedTuple):
         correlation (B, 2): of each image's features with the other's `x0 - conditional`, both ways.
         own (B, 2): squares of the features, of both.
         square (B,): those residuals' squares, of both.
+        common (B,): product of the two images' residuals, for `examples/target_study.py`.
     """
 
     fractions: torch.Tensor
@@ -63,6 +64,7 @@ class Moments(NamedTuple):
     correlation: torch.Tensor
     own: torch.Tensor
     square: torch.Tensor
+    common: torch.Tensor
 
 
 def moments(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], fractions: torch.Tensor) -> Moments:
@@ -77,7 +79,8 @@ def moments(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], f
     across = f[0] @ f[1].mT
     correlation = f[0] @ residual[1][:, :, None] + f[1] @ residual[0][:, :, None]
     own, square = (sum(v.square().sum(-1) for v in values) for values in (f, residual))
-    return Moments(fractions, across + across.mT, correlation[:, :, 0], own, square)
+    common = (residual[0] * residual[1]).sum(1)
+    return Moments(fractions, across + across.mT, correlation[:, :, 0], own, square, common)
 
 
 def fit(moments: Moments, least: float, most: float) -> torch.Tensor:

@@ -119,6 +119,8 @@ def run_settings(trainer) -> dict[str, Any]:
         **settings,
         "reward_funcs": trainer.rewards.names,
         "full_finetuning": lora_config is None,
+        # No option, but a run of before it would not go on as it was.
+        **({"mirrors_noise": True} if config.mirrors_noise else {}),
         **lora,
     }
 

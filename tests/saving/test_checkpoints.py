@@ -294,6 +294,16 @@ def test_other_settings_are_refused_and_named(tmp_path, saved, rewards, options,
     check_equal(weights_of(trainer), before)
 
 
+def test_a_run_from_before_mirrored_pairs_is_refused(tmp_path, saved):
+    settings = make_trainer(tmp_path, [redness], **{**OPTIONS, "max_steps": 6}).settings()
+    checkpoint.check_settings(saved / "checkpoint-5", settings, with_changes=False)
+    metrics = checkpoint.read_metrics(saved / "checkpoint-5")
+    del metrics["settings"]["mirrors_noise"]
+    (saved / "checkpoint-5" / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match="`mirrors_noise` was None, is True"):
+        checkpoint.check_settings(saved / "checkpoint-5", settings, with_changes=False)
+
+
 def test_settings_that_no_update_depends_on_may_change(tmp_path, saved, whole):
     free = dict(num_eval_images=4, per_device_eval_batch_size=2, logging_steps=3, teacher_num_steps=2, max_steps=6)
     trainer = make_trainer(tmp_path, [redness], **{**OPTIONS, **free, "save_steps": 3})
