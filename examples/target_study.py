@@ -2,7 +2,7 @@
 # /// script
 # dependencies = ["rdm_trl[eval]"]
 # ///
-"""
+r"""
 How far is the teacher, guided or fitted, from resting where the guided teacher is? What a prediction's error has in
 common over the images of a prompt moves them as a whole. For the student's own guidance (mostly none), the sampler's,
 and fits to so many images, in quarters of the noise levels: this common error of held-out pairs (the last third) in %
@@ -10,7 +10,8 @@ of the mean square error, and the fitted weights. Images are kept, and those of 
 
 python examples/target_study.py                                                    # the embedded teacher
 python examples/target_study.py --teacher outputs/flow_teacher --set max_sequence_length=10
-python examples/target_study.py --teacher outputs/emoji_teacher --num_images 300 --sizes 40 200 --set teacher_guidance_scale=4
+python examples/target_study.py --teacher outputs/emoji_teacher --set teacher_guidance_scale=4 \
+    --num_images 300 --sizes 40 200
 """
 
 import argparse
