@@ -86,10 +86,10 @@ class RdmDistillConfig(TrainingArguments):
         num_teacher_images (`int`, *optional*):
             Absorbed guidance: so many images of the training prompts, in pairs of one prompt, are drawn by the guided
             teacher (`teacher_num_steps`, `teacher_guidance_scale`, its own scheduler) before the first update, and the
-            target is fitted to them: the teacher with weights of its guidance and contrast at each noise level. It
-            then takes the teacher's place in R_dm. An even number. By default `300` where `teacher_guidance_scale` is
-            above 1 and `sample_guidance_scale` is not given, else `0`, which turns it off. Without effect on pipelines
-            that have no guidance.
+            target is fitted to them: the teacher with weights of its guidance and contrast at each noise level, and a
+            look ahead where these are wrong about single prompts. It then takes the teacher's place in R_dm. An even
+            number. By default `300` where `teacher_guidance_scale` is above 1 and `sample_guidance_scale` is not
+            given, else `0`, which turns it off. Without effect on pipelines that have no guidance.
         teacher_cache_dir (`str`, *optional*):
             Folder that keeps the teacher's images, the target, and the latents that evaluation draws of teacher and
             base, so that later runs of the same teacher and prompts need not make them again; by default `rdm_trl` in

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers.utils import logging
 
-from .method import target
+from .method import policy, target
 from .models.roles import TEACHER
 from .prompts import PicturePrompt, fingerprint, prompt_key, split_rows, write_tensors
 from .saving import checkpoint
@@ -197,6 +197,7 @@ def key_of_target(images: GuidedImages) -> str:
     args = images.trainer.args
     weights = range_of_guidance(images.trainer.family, args.teacher_guidance_scale)
     draws = [args.num_teacher_images, LEVELS, target.KNOTS, target.RIDGE, target.LARGEST_CONTRAST, *weights]
+    draws += [target.AHEAD_ABOVE, target.STEPS_AHEAD, target.AHEAD_FROM]
     rows = {"rows": images.suffixes} if any(images.suffixes) else {}
     return f"{images.key}-{digest(description({'draws': draws, **rows}))}"
 
@@ -226,12 +227,12 @@ def absorb_guidance(trainer, images: GuidedImages, key: str):
     if found is None:
         trainer.encode_negative([trainer.args.negative_prompts])  # refused here, where the pipeline has none
         latents, drawn = images()
-        moments = moments_of(trainer, latents, images.prompts)
-        found = target.fit(moments, *range_of_guidance(trainer.family, trainer.args.teacher_guidance_scale))
+        found = fit_target(trainer, latents, images.prompts)
         if main:
             write_tensors(file, {"weights": found})
     trainer.target = found
-    trainer.cost |= {"teacher_images": drawn, "target_seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    trainer.cost |= {"teacher_images": drawn, "target_seconds": seconds, "looks_ahead": len(found) > 1}
 
 
 def predict_halves(trainer, x_t, timesteps, condition) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,17 +252,68 @@ def range_of_guidance(family, guidance_scale: float) -> tuple[float, float]:
     return -1.0, (guidance_scale - 1) / (family.student_guidance_scale - 1) - 1
 
 
+def look_ahead(trainer, x_t, timesteps, condition, halves, noise: torch.Tensor) -> torch.Tensor:
+    """
+    The teacher's guided prediction (B, ...) behind `STEPS_AHEAD` steps from `x_t` (B, ...) down, each by the sampler's
+    guidance and by its own of `noise` (STEPS_AHEAD - 1, B, ...). `halves`: the predictions at `x_t`.
+
+    Steps are drawn, as DDPM's, not followed without noise: so what is ahead of two states is as different as their
+    predictions are, and its mean can stand for theirs.
+    """
+    process, fractions = trainer.process, trainer.process.fractions(timesteps)
+    scale = range_of_guidance(trainer.family, trainer.args.teacher_guidance_scale)[1]
+    for step, drawn in enumerate(noise, 1):
+        x0, earlier = halves[0] + scale * (halves[0] - halves[1]), fractions * (1 - step / target.STEPS_AHEAD)
+        earlier = process.timesteps_at(earlier)
+        x_t, timesteps = process.step_back(x_t, x0, timesteps, earlier, drawn), earlier
+        halves = predict_halves(trainer, x_t, timesteps, condition)
+    return halves[0] + scale * (halves[0] - halves[1])
+
+
 def predict_target(trainer, x_t, timesteps, condition) -> torch.Tensor:
-    """The target's denoised prediction (B, ...)."""
-    halves, fractions = predict_halves(trainer, x_t, timesteps, condition), trainer.process.fractions(timesteps)
-    return target.predict(*halves, fractions, trainer.target.to(x_t.device))
+    """
+    The target's denoised prediction (B, ...). Where it looks ahead, the mean of each group, whose images share their
+    noise level where they are centred, is moved to what is ahead of them.
+    """
+    args, (conditional, other) = trainer.args, predict_halves(trainer, x_t, timesteps, condition)
+    fractions, weights = trainer.process.fractions(timesteps), trainer.target.to(x_t.device)
+    found = target.predict(conditional, conditional - other, fractions, weights[0])
+    # In shards all processes take part in every pass.
+    rows = (fractions > target.AHEAD_FROM) | trainer.model.sharded
+    if len(weights) == 1 or not rows.any():
+        return found
+    size = args.num_generations if args.dm_centering == "group" else 1
+    of_steps = (
+        policy.draw_noise(x_t[rows].shape, x_t.device, args.mirrors_noise) for _ in range(1, target.STEPS_AHEAD)
+    )
+    chosen, halves = {key: value[rows] for key, value in condition.items()}, (conditional[rows], other[rows])
+    ahead = look_ahead(trainer, x_t[rows], timesteps[rows], chosen, halves, torch.stack([*of_steps]))
+    shift = target.predict(halves[0], ahead - halves[0], fractions[rows], weights[1]) - found[rows]
+    shift = shift * target.share_ahead(fractions[rows]).view(-1, *(1,) * (shift.ndim - 1))
+    found[rows] += shift.unflatten(0, (-1, size)).mean(1).repeat_interleave(size, 0)
+    return found
+
+
+def fit_target(trainer, latents: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """Weights (1, 2, KNOTS) of guidance, or (2, 2, KNOTS) with those of the look ahead, where it is needed."""
+    moments = moments_of(trainer, latents, prompts)
+    weights = target.fit(moments, *range_of_guidance(trainer.family, trainer.args.teacher_guidance_scale))
+    error = sum(target.common_error(moments, weights)[2:]) / 2
+    if error <= target.AHEAD_ABOVE:
+        return weights[None]
+    logger.info(
+        f"{error:.0f} % of the target's error at high noise is about single prompts: it looks {target.STEPS_AHEAD} "
+        "guided steps ahead."
+    )
+    return torch.stack([weights, target.fit(moments_of(trainer, latents, prompts, ahead=True), 0.0, 1.0)])
 
 
 @torch.no_grad()
-def moments_of(trainer, latents: torch.Tensor, prompts: list[str]) -> target.Moments:
+def moments_of(trainer, latents: torch.Tensor, prompts: list[str], ahead: bool = False) -> target.Moments:
     """
     What the fit has to know of the teacher's predictions of `latents` (N, ...) of `prompts`, each pair at `LEVELS`
-    noise levels. What is drawn depends neither on the global generators nor on the number of processes.
+    noise levels, pulled by guidance or to what is `ahead`. What is drawn depends neither on the global generators nor
+    on the number of processes.
     """
     args, process, device = trainer.args, trainer.process, trainer.accelerator.device
     generator, found, rank = torch.Generator().manual_seed(SEED), [], args.process_index
@@ -270,17 +322,27 @@ def moments_of(trainer, latents: torch.Tensor, prompts: list[str]) -> target.Mom
     # As many passes on each process: in shards all take part in every one.
     own = pairs.new_tensor(range(rank, len(pairs) + -len(pairs) % args.world_size, args.world_size)) % len(pairs)
     hidden = args.disable_tqdm or not trainer.is_world_process_zero()
-    for part in tqdm(own.split(args.per_device_eval_batch_size), desc="fitting the target", disable=hidden):
+    title, draws = ("looking ahead", target.STEPS_AHEAD) if ahead else ("fitting the target", 1)
+    for part in tqdm(own.split(args.per_device_eval_batch_size), desc=title, disable=hidden):
         timesteps, sides = process.timesteps_at(fractions[part]).to(device), []
         for side in range(2):
             rows = 2 * pairs[part] + side
             x0 = latents[rows].to(device)
             seeds = (SEED + len(latents) + 2 * i + side for i in part.tolist())  # none that an image was drawn from
-            noise = [torch.randn(x0.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-            x_t = process.add_noise(x0, torch.stack(noise).to(device), timesteps)
+            noise = (
+                torch.randn(draws, *x0.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds
+            )
+            noise = torch.stack([*noise], 1).to(device)
+            x_t = process.add_noise(x0, noise[0], timesteps)
+            condition = trainer.encode([prompts[i] for i in rows])
             with trainer.accelerator.autocast():
-                halves = predict_halves(trainer, x_t, timesteps, trainer.encode([prompts[i] for i in rows]))
-            sides.append([value.cpu() for value in (x0, *halves)])  # not every device has double precision
+                conditional, other = predict_halves(trainer, x_t, timesteps, condition)
+                pull = conditional - other
+                if ahead:
+                    pull = (
+                        look_ahead(trainer, x_t, timesteps, condition, (conditional, other), noise[1:]) - conditional
+                    )
+            sides.append([value.cpu() for value in (x0, conditional, pull)])  # not every device has double precision
         values = target.moments(*sides, process.fractions(timesteps).cpu())
         found += list(zip(part.tolist(), *values, strict=True))
     draws = {row[0]: row[1:] for row in gather_object(found)}  # the same of several are one

@@ -76,7 +76,8 @@ def test_every_family_absorbs_its_guidance(name, tmp_path):
     halves = guidance.predict_halves(trainer, x_t, timesteps, condition)
     assert not torch.equal(*halves)
     least, most = guidance.range_of_guidance(family, 3.0)
-    assert least < most and ((least <= trainer.target[0]) & (trainer.target[0] <= most)).all()
+    weights = trainer.target[0]
+    assert least < most and ((least <= weights[0]) & (weights[0] <= most)).all()
     with torch.no_grad():
         torch.testing.assert_close(halves[0], trainer.predict_x0(trainer.model, "teacher", x_t, timesteps, condition))
         if family.embeds_guidance:  # by the way that evaluation and R_dm call it with a scale of their own
@@ -86,10 +87,33 @@ def test_every_family_absorbs_its_guidance(name, tmp_path):
             negative = trainer.encode_negative([case.negative[-1]])
             other = {key: value.expand(2, *value.shape[1:]) for key, value in negative.items()}
             torch.testing.assert_close(halves[1], trainer.predict_x0(trainer.model, "teacher", x_t, timesteps, other))
+    trainer.target, fractions = weights[None], trainer.process.fractions(timesteps)
     found = trainer.predict_teacher(x_t, timesteps, condition)
-    assert torch.equal(found, target.predict(*halves, trainer.process.fractions(timesteps), trainer.target))
-    trainer.target = torch.zeros_like(trainer.target)
+    assert torch.equal(found, target.predict(halves[0], halves[0] - halves[1], fractions, weights))
+    trainer.target = torch.zeros(1, 2, target.KNOTS)
     assert torch.equal(trainer.predict_teacher(x_t, timesteps, condition), halves[0])
+
+
+@pytest.mark.parametrize("name", ["sd_epsilon", "sd3", "flux_dev", "qwen_image"])
+def test_every_family_can_look_ahead(name, tmp_path, monkeypatch):
+    """In as many guided passes as are needed, and above half of the noise alone; a resumed run does too."""
+    case = CASES[name]
+    monkeypatch.setattr(target, "AHEAD_ABOVE", -float("inf"))
+    options = options_of(tmp_path, num_teacher_images=2, max_steps=1, save_strategy="steps", save_steps=1, **case.size)
+    trainer = make_family_trainer(case, tmp_path, make(case), rewards=(), **options)
+    trainer.train()
+    assert trainer.target.shape == (2, 2, target.KNOTS)
+    assert ((trainer.target[1, 0] >= 0) & (trainer.target[1, 0] <= 1)).all()
+    condition, x_t = trainer.encode(list(case.prompts)), torch.randn(2, *trainer.family.latent_shape)
+    for fraction, passes in ((0.4, 1), (0.9, target.STEPS_AHEAD)):
+        before = trainer.cost["teacher_evaluations"]
+        found = trainer.predict_teacher(x_t, trainer.process.timesteps_at(torch.full((2,), fraction)), condition)
+        assert found.isfinite().all() and trainer.cost["teacher_evaluations"] - before == 2 * 2 * passes
+    monkeypatch.setattr(guidance, "fit_target", None)
+    options = {**options, "max_steps": 2, "teacher_cache_dir": str(tmp_path / "other")}
+    resumed = make_family_trainer(case, tmp_path, make(case), rewards=(), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(resumed.target, trainer.target)
 
 
 def test_the_fit_sees_no_noise_that_an_image_was_drawn_from(tmp_path, monkeypatch):

@@ -105,6 +105,19 @@ class NoiseProcess:
         a, b = self.coefficients(timesteps, x0)
         return a * x0 + b * noise
 
+    def step_back(
+        self, x_t: torch.Tensor, x0: torch.Tensor, timesteps: torch.Tensor, earlier: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        r"""
+        The state at the `earlier` (B,) timesteps from which `x_t` came, where the image is `x0`, drawn by Gaussian
+        `noise`: DDPM's \\(q(x_s | x_t, x_0)\\) (arXiv 2006.11239, equation 6) for any `a` and `b`.
+        """
+        a, b = self.coefficients(timesteps, x_t)
+        earlier_a, earlier_b = self.coefficients(earlier, x_t)
+        kept = (a / earlier_a) * (earlier_b / b)  # of the noise in x_t, what was there before
+        fresh = (1 - kept.square()).clamp(min=0).sqrt()
+        return earlier_a * x0 + earlier_b * (kept * (x_t - a * x0) / b + fresh * noise)
+
     def to_x0(self, output: torch.Tensor, x_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The denoised image that the denoiser's `output` at `x_t` stands for."""
         a, b = self.coefficients(timesteps, x_t)

@@ -9,7 +9,12 @@ v_2(\tau)\,\mu_c\\) with the weights by which training rests at those samples. W
 directions is that of \\(\text{target}(x_\tau) - x_0\\), so this residual's mean over a prompt's samples has to be 0.
 Of two of them, each one's features are the *instruments* (Reiersol 1941) of the other's residual: their noise is
 independent, what the prompt says in both is not. Least squares would make the error of single predictions small
-instead and pay for it with the mean: it takes weight from a prediction because the image's own noise is in it. Ours.
+instead and pay for it with the mean: it takes weight from a prediction because the image's own noise is in it.
+
+A teacher that is far from its images without guidance has such weights right over all prompts and wrong for single
+ones. Where its sampler goes for a prompt can be seen, though: with \\(\mu_a\\), its prediction a few guided steps
+further down from \\(x_\tau\\), \\(\mu_a - \mu_c\\) takes the place of guidance, fitted alike. Only the mean of a group
+is taken from it. Ours.
 """
 
 from typing import NamedTuple
@@ -22,6 +27,11 @@ KNOTS = 4
 # Added to the diagonal of the equations, relative to the features' own squares: where many pairs have nothing in
 # common, the weight is 0.
 RIDGE = 1e-2
+# Where what the fitted target has wrong in common about a prompt is more than this, in % of the mean square in the
+# noisier half of the levels, the target looks ahead: so many guided steps, above so much of the noise.
+AHEAD_ABOVE = 10.0
+STEPS_AHEAD = 3
+AHEAD_FROM = 0.5
 # Of the weight of contrast, which few pairs determine badly. On all teachers that were tried it is about 0.1 at most.
 LARGEST_CONTRAST = 1.0
 
@@ -31,12 +41,12 @@ def draw_levels(number: int, generator: torch.Generator) -> torch.Tensor:
     return (torch.randperm(number, generator=generator) + torch.rand(number, generator=generator)) / number
 
 
-def features(conditional: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
+def features(conditional: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
     """
-    What the target is made of beside `conditional`, (B, 2, ...): guidance, and `conditional` itself, whose contrast a
-    sampler's steps and guidance change.
+    What the target is made of beside `conditional`, (B, 2, ...): where guidance or the look ahead pull it, and
+    `conditional` itself, whose contrast a sampler's steps and guidance change.
     """
-    return torch.stack([conditional - unconditional, conditional], 1)
+    return torch.stack([pull, conditional], 1)
 
 
 def hats(fractions: torch.Tensor) -> torch.Tensor:
@@ -56,7 +66,7 @@ class Moments(NamedTuple):
         correlation (B, 2): of each image's features with the other's `x0 - conditional`, both ways.
         own (B, 2): squares of the features, of both.
         square (B,): those residuals' squares, of both.
-        common (B,): product of the two images' residuals, for `examples/target_study.py`.
+        common (B,): product of the two images' residuals.
     """
 
     fractions: torch.Tensor
@@ -69,11 +79,11 @@ class Moments(NamedTuple):
 
 def moments(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...], fractions: torch.Tensor) -> Moments:
     """
-    Of two images each of B prompts, `(x0, conditional, unconditional)`, all (B, ...): clean, and their two predictions
-    at the noise levels `fractions` (B,), each from noise of its own.
+    Of two images each of B prompts, `(x0, conditional, pull)`, all (B, ...): clean, their prediction at the noise
+    levels `fractions` (B,), each from noise of its own, and where it is pulled.
     """
     f, residual = zip(
-        *((features(c, u).flatten(2).double(), (x0 - c).flatten(1).double()) for x0, c, u in (first, second)),
+        *((features(c, pull).flatten(2).double(), (x0 - c).flatten(1).double()) for x0, c, pull in (first, second)),
         strict=True,
     )
     across = f[0] @ f[1].mT
@@ -88,7 +98,7 @@ def fit(moments: Moments, least: float, most: float) -> torch.Tensor:
     Weights (2, KNOTS) of the features, by instruments over all pairs. Products are measured in units of their level's
     mean square residual, or the levels where images are predicted badly would say all.
 
-    Weights of guidance are cut off at `least` and `most`, those of none and of the sampler's own; those of contrast
+    Weights of the pull are cut off at `least` and `most`, those of none and of the sampler's own; those of contrast
     are the ones that go with them, cut off at `LARGEST_CONTRAST`.
     """
     shares = hats(moments.fractions).double()
@@ -98,13 +108,29 @@ def fit(moments: Moments, least: float, most: float) -> torch.Tensor:
     right = torch.einsum("bk,bi,b->ik", shares, moments.correlation, weight).flatten()
     own = torch.einsum("bk,bi,b->ik", shares.square(), moments.own, weight).flatten()
     gram = gram + torch.diag(RIDGE * own + 1e-8 * own.max())
-    guidance = torch.linalg.solve(gram, right)[:KNOTS].clamp(least, most)
-    rest = torch.linalg.solve(gram[KNOTS:, KNOTS:], right[KNOTS:] - gram[KNOTS:, :KNOTS] @ guidance)
-    return torch.stack([guidance, rest.clamp(-LARGEST_CONTRAST, LARGEST_CONTRAST)]).float()
+    pull = torch.linalg.solve(gram, right)[:KNOTS].clamp(least, most)
+    rest = torch.linalg.solve(gram[KNOTS:, KNOTS:], right[KNOTS:] - gram[KNOTS:, :KNOTS] @ pull)
+    return torch.stack([pull, rest.clamp(-LARGEST_CONTRAST, LARGEST_CONTRAST)]).float()
 
 
-def predict(conditional, unconditional, fractions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def common_error(moments: Moments, weights: torch.Tensor) -> list[float]:
+    """
+    What the errors of a prompt's two images have in common with `weights` (2, KNOTS), in % of the mean square residual
+    of the teacher without them, in each quarter of the noise levels.
+    """
+    w = hats(moments.fractions).double() @ weights.double().T
+    error = moments.common - (w * moments.correlation).sum(1) + torch.einsum("bi,bij,bj->b", w, moments.gram, w) / 2
+    quarter = (moments.fractions * 4).long().clamp(max=3)
+    return [(200 * error[quarter == k].sum() / moments.square[quarter == k].sum()).item() for k in range(4)]
+
+
+def predict(conditional, pull, fractions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The target's prediction (B, ...) with the fitted `weights` (2, KNOTS) at the noise levels `fractions` (B,)."""
     w = hats(fractions) @ weights.T
     w = w.view(*w.shape, *(1,) * (conditional.ndim - 1))
-    return conditional + (w * features(conditional, unconditional)).sum(1)
+    return conditional + (w * features(conditional, pull)).sum(1)
+
+
+def share_ahead(fractions: torch.Tensor) -> torch.Tensor:
+    """How much the look ahead counts at `fractions` (B,): none up to `AHEAD_FROM`, all half way from there to 1."""
+    return (2 * (fractions - AHEAD_FROM) / (1 - AHEAD_FROM)).clamp(0, 1)

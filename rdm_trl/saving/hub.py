@@ -226,6 +226,8 @@ def write_card(
         method += f"; with the rewards {names} (`reward_mixing={settings['reward_mixing']!r}`)"
     if trainer.absorbs_guidance:
         method += f"; guidance was absorbed from {settings['num_teacher_images']} images of the guided teacher"
+        if trainer.cost.get("looks_ahead"):
+            method += ", with a look at where its sampler goes"
     if trainer.teacher_lora is not None:
         method += f". Its teacher was the base with the LoRA `{trainer.teacher_lora}`, whose style it carries"
     on_hub = base is not None and not Path(base).exists()  # the Hub accepts no path

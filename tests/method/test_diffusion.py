@@ -51,6 +51,38 @@ def test_noise_process_agrees_with_the_scheduler():
     torch.testing.assert_close(NoiseProcess(scheduler).add_noise(x0, noise, t), scheduler.add_noise(x0, noise, t))
 
 
+def test_a_step_back_is_ddpms():
+    scheduler = DDPMScheduler(prediction_type="sample", clip_sample=False)
+    scheduler.set_timesteps(10)
+    x0, x_t = torch.randn(2, 1, 3, 4, 4).unbind()
+    expected = scheduler.step(x0, 700, x_t, generator=torch.Generator().manual_seed(0)).prev_sample
+    noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([700]), torch.tensor([600])
+    torch.testing.assert_close(NoiseProcess(scheduler).step_back(x_t, x0, *timesteps, noise), expected)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "flow_prediction"])
+def test_a_step_back_undoes_a_step_of_noise(prediction_type):
+    """What is drawn has the mean, the variance and the covariance with `x_t` of the state that `x_t` came from."""
+    process = process_of(prediction_type)
+    timesteps, earlier = (torch.full((200_000,), t) for t in (800, 500))
+    (a, b), (earlier_a, earlier_b) = (
+        [v.flatten() for v in process.coefficients(t, timesteps)] for t in (timesteps, earlier)
+    )
+    x0, (first, second, third) = 1.3, torch.randn(3, len(timesteps), generator=torch.Generator().manual_seed(1))
+    came_from = earlier_a * x0 + earlier_b * first
+    x_t = a / earlier_a * came_from + (b.square() - (a / earlier_a * earlier_b).square()).sqrt() * second
+    found = process.step_back(x_t, torch.full_like(x_t, x0), timesteps, earlier, third)
+    torch.testing.assert_close(found.mean(), came_from.mean(), atol=0.01, rtol=0)
+    both = [torch.stack([x_t, state]).cov() for state in (found, came_from)]
+    torch.testing.assert_close(*both, atol=0.01, rtol=0)
+    # At no signal at all nothing of the state is kept.
+    end = torch.full((1,), 1000)
+    if prediction_type == "flow_prediction":
+        state = process.step_back(torch.ones(1), torch.zeros(1), end, end // 2, torch.full((1,), 3.0))
+        torch.testing.assert_close(state, torch.tensor([1.5]))
+
+
 @pytest.mark.parametrize(
     "scheduler, message",
     [
