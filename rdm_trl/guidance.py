@@ -283,11 +283,9 @@ def predict_target(trainer, x_t, timesteps, condition) -> torch.Tensor:
     if len(weights) == 1 or not rows.any():
         return found
     size = args.num_generations if args.dm_centering == "group" else 1
-    of_steps = (
-        policy.draw_noise(x_t[rows].shape, x_t.device, args.mirrors_noise) for _ in range(1, target.STEPS_AHEAD)
-    )
     chosen, halves = {key: value[rows] for key, value in condition.items()}, (conditional[rows], other[rows])
-    ahead = look_ahead(trainer, x_t[rows], timesteps[rows], chosen, halves, torch.stack([*of_steps]))
+    noise = [policy.draw_noise(x_t.shape, x_t.device, args.mirrors_noise)[rows] for _ in range(1, target.STEPS_AHEAD)]
+    ahead = look_ahead(trainer, x_t[rows], timesteps[rows], chosen, halves, torch.stack(noise))
     shift = target.predict(halves[0], ahead - halves[0], fractions[rows], weights[1]) - found[rows]
     shift = shift * target.share_ahead(fractions[rows]).view(-1, *(1,) * (shift.ndim - 1))
     found[rows] += shift.unflatten(0, (-1, size)).mean(1).repeat_interleave(size, 0)

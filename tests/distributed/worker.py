@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import make_trainer, redness  # noqa: E402
 
 from rdm_trl.guidance import GuidedImages  # noqa: E402
+from rdm_trl.method import target  # noqa: E402
 
 
 def brightness(images, prompts, metadata):
@@ -139,13 +140,18 @@ def stop(folder: Path):
 
 
 def guided(folder: Path):
-    """The guided teacher's images and what is fitted to them; and a later run, which finds both on one disk alone."""
+    """
+    The guided teacher's images and what is fitted to them, with a look ahead; and a later run, which finds both on one
+    disk alone.
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     options = dict(num_teacher_images=10, teacher_guidance_scale=3.0, sample_guidance_scale=1.0)
     options |= dict(per_device_eval_batch_size=2, per_device_train_batch_size=8)
     for time_ in ("first", "later"):
         trainer = make_trainer(folder, teacher_cache_dir=str(folder / f"{world}" / f"disk-{rank}"), **options)
-        trainer.absorb_guidance()
+        with patch.object(target, "AHEAD_ABOVE", -float("inf")):
+            trainer.absorb_guidance()
+        assert trainer.cost["looks_ahead"]
         save_file({"target": trainer.target}, folder / f"{time_}-{rank}-of-{world}.safetensors")
         assert trainer.cost["teacher_images"] == (10 if time_ == "first" else 0)
     assert (folder / f"{world}" / f"disk-{rank}").exists() == (rank == 0)
