@@ -123,7 +123,10 @@ def options_of(method: str) -> dict:
 
 
 def cost_of_update(options: dict, budget: str, teacher: str | None = None) -> float:
-    """What an update with these options takes of the budget, in batches or, measured, in seconds."""
+    """
+    What an update with these options takes of the budget, in batches or, measured, in seconds. Evaluations of the
+    teacher are those without a look ahead of the target.
+    """
     if budget == "updates":
         return 1.0
     if budget == "seconds":

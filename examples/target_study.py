@@ -7,7 +7,8 @@ How far is the teacher, guided or fitted, from resting where the guided teacher 
 common over the images of a prompt moves them as a whole. For the student's own guidance (mostly none), the sampler's,
 and fits to so many images, without and with a look ahead, in quarters of the noise levels: this common error of
 held-out pairs (the last third) in % of the mean square error, and the fitted weights. A run looks ahead where the last
-two are above 10 % on average, and then in those two. Images are kept, and those of a run are used.
+two, of its own fit to all of its images, are above 10 % on average, and then in those two. Images are kept, and those
+of a run are used.
 
 python examples/target_study.py                                                    # the embedded teacher
 python examples/target_study.py --teacher outputs/flow_teacher --set max_sequence_length=10

@@ -206,10 +206,17 @@ def absorb_for(trainer, resumed_from: str | None):
     """`RdmDistillTrainer.absorb_guidance`: nothing is done where the target is there, or in the checkpoint."""
     images = GuidedImages(trainer)
     key = key_of_target(images)
+    older = False
     if resumed_from is not None and trainer.target_key != key:
         trainer.target_key, trainer.target = checkpoint.read_target(Path(resumed_from))
+        older = trainer.target is not None and trainer.target.ndim == 2
     if trainer.target_key != key:
         absorb_guidance(trainer, images, key)
+    if older and len(trainer.target) > 1 and not trainer.args.resume_with_changes:
+        raise ValueError(
+            f"The checkpoint {resumed_from} is of before targets looked ahead, as this teacher's does now. Go on from "
+            "it with the new one by `resume_with_changes`."
+        )
     trainer.target_key = key
 
 
@@ -231,15 +238,26 @@ def absorb_guidance(trainer, images: GuidedImages, key: str):
         if main:
             write_tensors(file, {"weights": found})
     trainer.target = found
-    seconds = time.perf_counter() - start
-    trainer.cost |= {"teacher_images": drawn, "target_seconds": seconds, "looks_ahead": len(found) > 1}
+    trainer.cost |= {"teacher_images": drawn, "target_seconds": time.perf_counter() - start}
 
 
-def predict_halves(trainer, x_t, timesteps, condition) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's two denoised predictions (B, ...) whose difference is guidance."""
-    negative = trainer.encode_negative([trainer.args.negative_prompts])
-    outputs = trainer.family.halves(trainer.denoise_as_teacher, x_t, timesteps, condition, negative)
-    return tuple(trainer.process.to_x0(output, x_t, timesteps) for output in outputs)
+def predict_halves(trainer, x_t, timesteps, condition) -> list[torch.Tensor]:
+    """
+    The teacher's two denoised predictions (B, ...) whose difference is guidance; and, where its pipeline makes the
+    guided one of them, that.
+    """
+    negative, family = trainer.encode_negative([trainer.args.negative_prompts]), trainer.family
+    outputs = family.halves(trainer.denoise_as_teacher, x_t, timesteps, condition, negative)
+    if not family.embeds_guidance:
+        outputs = *outputs, family.combine(*outputs, trainer.args.teacher_guidance_scale)
+    return [trainer.process.to_x0(output, x_t, timesteps) for output in outputs]
+
+
+def predict_guided(trainer, x_t, timesteps, condition) -> torch.Tensor:
+    """The teacher's denoised prediction (B, ...) as its pipeline guides it."""
+    negative, scale = trainer.encode_negative([trainer.args.negative_prompts]), trainer.args.teacher_guidance_scale
+    output = trainer.family.guide(trainer.denoise_as_teacher, x_t, timesteps, condition, negative, scale)
+    return trainer.process.to_x0(output, x_t, timesteps)
 
 
 def range_of_guidance(family, guidance_scale: float) -> tuple[float, float]:
@@ -252,42 +270,44 @@ def range_of_guidance(family, guidance_scale: float) -> tuple[float, float]:
     return -1.0, (guidance_scale - 1) / (family.student_guidance_scale - 1) - 1
 
 
-def look_ahead(trainer, x_t, timesteps, condition, halves, noise: torch.Tensor) -> torch.Tensor:
+def look_ahead(trainer, x_t, timesteps, condition, guided: list[torch.Tensor], noise: torch.Tensor) -> torch.Tensor:
     """
-    The teacher's guided prediction (B, ...) behind `STEPS_AHEAD` steps from `x_t` (B, ...) down, each by the sampler's
-    guidance and by its own of `noise` (STEPS_AHEAD - 1, B, ...). `halves`: the predictions at `x_t`.
+    The teacher's guided prediction (B, ...) where its sampler is `STEPS_AHEAD - 1` steps from `x_t` (B, ...) down.
+    `guided`: the guided prediction at `x_t`, or nothing; `noise` (STEPS_AHEAD - 1, B, ...): of the steps.
 
-    Steps are drawn, as DDPM's, not followed without noise: so what is ahead of two states is as different as their
-    predictions are, and its mean can stand for theirs.
+    Steps are drawn, as DDPM's, not followed without noise: so what is ahead of two states is about as different as
+    their predictions are, and its mean can stand for theirs.
     """
     process, fractions = trainer.process, trainer.process.fractions(timesteps)
-    scale = range_of_guidance(trainer.family, trainer.args.teacher_guidance_scale)[1]
+    (x0,) = guided or [predict_guided(trainer, x_t, timesteps, condition)]
     for step, drawn in enumerate(noise, 1):
-        x0, earlier = halves[0] + scale * (halves[0] - halves[1]), fractions * (1 - step / target.STEPS_AHEAD)
-        earlier = process.timesteps_at(earlier)
+        earlier = process.timesteps_at(fractions * (1 - step / target.STEPS_AHEAD))
         x_t, timesteps = process.step_back(x_t, x0, timesteps, earlier, drawn), earlier
-        halves = predict_halves(trainer, x_t, timesteps, condition)
-    return halves[0] + scale * (halves[0] - halves[1])
+        x0 = predict_guided(trainer, x_t, timesteps, condition)
+    return x0
 
 
 def predict_target(trainer, x_t, timesteps, condition) -> torch.Tensor:
     """
-    The target's denoised prediction (B, ...). Where it looks ahead, the mean of each group, whose images share their
-    noise level where they are centred, is moved to what is ahead of them.
+    The target's denoised prediction (B, ...). Where it looks ahead, the mean of each group whose images share their
+    noise level is moved to what is ahead of them; of others each image is.
     """
-    args, (conditional, other) = trainer.args, predict_halves(trainer, x_t, timesteps, condition)
+    args, (conditional, other, *guided) = trainer.args, predict_halves(trainer, x_t, timesteps, condition)
     fractions, weights = trainer.process.fractions(timesteps), trainer.target.to(x_t.device)
     found = target.predict(conditional, conditional - other, fractions, weights[0])
+    if len(weights) == 1:
+        return found
+    noise = [policy.draw_noise(x_t.shape, x_t.device, args.mirrors_noise) for _ in range(1, target.STEPS_AHEAD)]
     # In shards all processes take part in every pass.
     rows = (fractions > target.AHEAD_FROM) | trainer.model.sharded
-    if len(weights) == 1 or not rows.any():
+    if not rows.any():
         return found
-    size = args.num_generations if args.dm_centering == "group" else 1
-    chosen, halves = {key: value[rows] for key, value in condition.items()}, (conditional[rows], other[rows])
-    noise = [policy.draw_noise(x_t.shape, x_t.device, args.mirrors_noise)[rows] for _ in range(1, target.STEPS_AHEAD)]
-    ahead = look_ahead(trainer, x_t[rows], timesteps[rows], chosen, halves, torch.stack(noise))
-    shift = target.predict(halves[0], ahead - halves[0], fractions[rows], weights[1]) - found[rows]
-    shift = shift * target.share_ahead(fractions[rows]).view(-1, *(1,) * (shift.ndim - 1))
+    x_t, timesteps, fractions, conditional = x_t[rows], timesteps[rows], fractions[rows], conditional[rows]
+    chosen, guided = {key: value[rows] for key, value in condition.items()}, [x0[rows] for x0 in guided]
+    ahead = look_ahead(trainer, x_t, timesteps, chosen, guided, torch.stack(noise)[:, rows])
+    shift = target.predict(conditional, ahead - conditional, fractions, weights[1]) - found[rows]
+    shift = shift * target.share_ahead(fractions).view(-1, *(1,) * (shift.ndim - 1))
+    size = args.num_generations if args.dm_timestep_sampling == "shared" else 1
     found[rows] += shift.unflatten(0, (-1, size)).mean(1).repeat_interleave(size, 0)
     return found
 
@@ -299,9 +319,9 @@ def fit_target(trainer, latents: torch.Tensor, prompts: list[str]) -> torch.Tens
     error = sum(target.common_error(moments, weights)[2:]) / 2
     if error <= target.AHEAD_ABOVE:
         return weights[None]
-    logger.info(
-        f"{error:.0f} % of the target's error at high noise is about single prompts: it looks {target.STEPS_AHEAD} "
-        "guided steps ahead."
+    logger.warning_once(
+        f"{error:.0f} % of the mean square error at high noise is what guidance with weights has wrong about single "
+        "prompts: the target looks where the teacher's sampler goes, for which updates take longer."
     )
     return torch.stack([weights, target.fit(moments_of(trainer, latents, prompts, ahead=True), 0.0, 1.0)])
 
@@ -334,12 +354,10 @@ def moments_of(trainer, latents: torch.Tensor, prompts: list[str], ahead: bool =
             x_t = process.add_noise(x0, noise[0], timesteps)
             condition = trainer.encode([prompts[i] for i in rows])
             with trainer.accelerator.autocast():
-                conditional, other = predict_halves(trainer, x_t, timesteps, condition)
+                conditional, other, *guided = predict_halves(trainer, x_t, timesteps, condition)
                 pull = conditional - other
                 if ahead:
-                    pull = (
-                        look_ahead(trainer, x_t, timesteps, condition, (conditional, other), noise[1:]) - conditional
-                    )
+                    pull = look_ahead(trainer, x_t, timesteps, condition, guided, noise[1:]) - conditional
             sides.append([value.cpu() for value in (x0, conditional, pull)])  # not every device has double precision
         values = target.moments(*sides, process.fractions(timesteps).cpu())
         found += list(zip(part.tolist(), *values, strict=True))

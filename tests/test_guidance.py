@@ -74,7 +74,7 @@ def test_every_family_absorbs_its_guidance(name, tmp_path):
     condition, x_t = trainer.encode(list(case.prompts)), torch.randn(2, *family.latent_shape)
     timesteps = trainer.student_timesteps[1].expand(2)
     halves = guidance.predict_halves(trainer, x_t, timesteps, condition)
-    assert not torch.equal(*halves)
+    assert not torch.equal(*halves[:2])
     least, most = guidance.range_of_guidance(family, 3.0)
     weights = trainer.target[0]
     assert least < most and ((least <= weights[0]) & (weights[0] <= most)).all()
@@ -105,10 +105,24 @@ def test_every_family_can_look_ahead(name, tmp_path, monkeypatch):
     assert trainer.target.shape == (2, 2, target.KNOTS)
     assert ((trainer.target[1, 0] >= 0) & (trainer.target[1, 0] <= 1)).all()
     condition, x_t = trainer.encode(list(case.prompts)), torch.randn(2, *trainer.family.latent_shape)
-    for fraction, passes in ((0.4, 1), (0.9, target.STEPS_AHEAD)):
-        before = trainer.cost["teacher_evaluations"]
-        found = trainer.predict_teacher(x_t, trainer.process.timesteps_at(torch.full((2,), fraction)), condition)
-        assert found.isfinite().all() and trainer.cost["teacher_evaluations"] - before == 2 * 2 * passes
+    # Two predictions to begin with, which the guided one is made of, or is another; and one or two for each step.
+    for fraction, passes in ((0.4, 2), (0.9, 2 + 3 if trainer.family.embeds_guidance else 2 + 4)):
+        before, timesteps = (
+            trainer.cost["teacher_evaluations"],
+            trainer.process.timesteps_at(torch.full((2,), fraction)),
+        )
+        found = trainer.predict_teacher(x_t, timesteps, condition)
+        assert found.isfinite().all() and trainer.cost["teacher_evaluations"] - before == 2 * passes
+    # Each step's is what the pipeline draws with, whatever its formula.
+    with torch.no_grad():
+        guided = guidance.predict_halves(trainer, x_t, timesteps, condition)[2:]
+        found = guidance.look_ahead(trainer, x_t, timesteps, condition, guided, noise=[])
+        negative = trainer.encode_negative([""])
+        output = trainer.family.guide(trainer.denoise_as_teacher, x_t, timesteps, condition, negative, 3.0)
+    torch.testing.assert_close(found, trainer.process.to_x0(output, x_t, timesteps))
+    trainer.save_model()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "with a look at where its sampler goes" in " ".join(card.split())
     monkeypatch.setattr(guidance, "fit_target", None)
     options = {**options, "max_steps": 2, "teacher_cache_dir": str(tmp_path / "other")}
     resumed = make_family_trainer(case, tmp_path, make(case), rewards=(), **options)
@@ -323,6 +337,21 @@ def test_a_resumed_run_has_its_target(tmp_path, full, monkeypatch):
         and resumed.cost["teacher_images"] == 6
         and resumed.cost["rollouts"] == whole.cost["rollouts"]
     )
+
+
+def test_resumed_from_before_targets_looked_ahead(tmp_path, monkeypatch):
+    """Where the target would be another, it is said; else the run goes on as it would have."""
+    absorbing(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    weights = load_file(tmp_path / "run" / "checkpoint-2" / "target.safetensors")["weights"]
+    monkeypatch.setattr(guidance.checkpoint, "read_target", lambda folder: ("older", weights[0]))
+    monkeypatch.setattr(target, "AHEAD_ABOVE", float("inf"))
+    absorbing(tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+    monkeypatch.setattr(target, "AHEAD_ABOVE", -float("inf"))
+    with pytest.raises(ValueError, match="before targets looked ahead"):
+        absorbing(tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+    changed = absorbing(tmp_path, max_steps=3, resume_with_changes=True)
+    changed.train(resume_from_checkpoint=True)
+    assert len(changed.target) == 2
 
 
 def test_resumed_with_other_guidance(tmp_path):

@@ -226,7 +226,7 @@ def write_card(
         method += f"; with the rewards {names} (`reward_mixing={settings['reward_mixing']!r}`)"
     if trainer.absorbs_guidance:
         method += f"; guidance was absorbed from {settings['num_teacher_images']} images of the guided teacher"
-        if trainer.cost.get("looks_ahead"):
+        if trainer.target is not None and len(trainer.target) > 1:
             method += ", with a look at where its sampler goes"
     if trainer.teacher_lora is not None:
         method += f". Its teacher was the base with the LoRA `{trainer.teacher_lora}`, whose style it carries"
