@@ -95,7 +95,7 @@ def test_every_family_absorbs_its_guidance(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sd_epsilon", "sd3", "flux_dev", "qwen_image"])
-def test_every_family_can_look_ahead(name, tmp_path, monkeypatch):
+def test_families_look_ahead_as_their_pipelines_guide(name, tmp_path, monkeypatch):
     """In as many guided passes as are needed, and above half of the noise alone; a resumed run does too."""
     case = CASES[name]
     monkeypatch.setattr(target, "AHEAD_ABOVE", -float("inf"))
@@ -107,10 +107,8 @@ def test_every_family_can_look_ahead(name, tmp_path, monkeypatch):
     condition, x_t = trainer.encode(list(case.prompts)), torch.randn(2, *trainer.family.latent_shape)
     # Two predictions to begin with, which the guided one is made of, or is another; and one or two for each step.
     for fraction, passes in ((0.4, 2), (0.9, 2 + 3 if trainer.family.embeds_guidance else 2 + 4)):
-        before, timesteps = (
-            trainer.cost["teacher_evaluations"],
-            trainer.process.timesteps_at(torch.full((2,), fraction)),
-        )
+        before = trainer.cost["teacher_evaluations"]
+        timesteps = trainer.process.timesteps_at(torch.full((2,), fraction))
         found = trainer.predict_teacher(x_t, timesteps, condition)
         assert found.isfinite().all() and trainer.cost["teacher_evaluations"] - before == 2 * passes
     # Each step's is what the pipeline draws with, whatever its formula.

@@ -284,7 +284,6 @@ def test_without_guidance_what_is_ahead_is_on_average_the_prediction(scheduler, 
     found = guidance.look_ahead(trainer, x_t, timesteps, condition, halves[:1], noise)
     spread = found.std(0).max() / len(prompts) ** 0.5
     torch.testing.assert_close(found.mean(0), halves[0][0], atol=5 * spread.item(), rtol=0)
-    a, b = trainer.process.coefficients(timesteps, x_t)
     still = guidance.look_ahead(trainer, x_t, timesteps, condition, halves[:1], 0 * noise)
     assert found.std(0).min() > 0.05 and not torch.allclose(found, still)
 
