@@ -11,7 +11,8 @@ spreads and bootstrap intervals of the paired differences, and pictures, in a fo
 
 A method may change options of its own, `gndm,num_iterations=4`, and names its rewards with their weights:
 `gndmr+classifier@0.3`, `constrained,target_dm=0.002+classifier@1`. Runs with rewards start from the checkpoint that
-the plain method (dmd or gndm) left after `reward_warmup` updates, which is what they would have reached themselves.
+the plain method (dmd or gndm, with the method's other options) left after `reward_warmup` updates, which is what they
+would have reached themselves.
 
 python examples/compare_methods.py --methods dmd gndm --seeds 100 101 102 103 104
 python examples/compare_methods.py --methods dmd,fake_updates=3 gndm,fake_updates=1 --budget seconds --workers 2
@@ -147,8 +148,12 @@ def seconds_of_update(options: dict, teacher: str | None, updates: int = 12) -> 
 
 
 def plain(method: str) -> str:
-    """The method itself, or distribution matching alone where it has rewards."""
-    return PLAIN.get(re.split("[+,]", method)[0], method)
+    """The method itself, or distribution matching alone where it has rewards, with all options that are not theirs."""
+    name, *changes = method.split("+")[0].split(",")
+    if name not in PLAIN:
+        return method
+    of_rewards = re.compile("target_dm=|reward_(?!warmup)")
+    return ",".join([PLAIN[name], *(change for change in changes if not of_rewards.match(change))])
 
 
 class CurveCallback(TrainerCallback):
@@ -271,12 +276,15 @@ def table(results: dict, methods: list[str], seeds: list[int], names: list[str])
 
 
 def by_reward(methods: list[str]) -> dict[str, dict[str, list[str]]]:
-    """For each reward that methods have alone, and each kind of method, these methods from small to large weight."""
+    """
+    For each reward that methods have alone, and each kind of method (its options count, but for the budget of
+    constrained ones), these methods from small to large weight.
+    """
     found = {}
     for method in methods:
-        kind, *rewards = method.split("+")
+        first, *rewards = method.split("+")
         if len(rewards) == 1:
-            kind = "constrained" if kind.startswith("constrained") else kind  # its points are budgets
+            kind = ",".join(part for part in first.split(",") if not part.startswith("target_dm="))
             found.setdefault(rewards[0].rsplit("@", 1)[0], {}).setdefault(kind, []).append(method)
     for kinds in found.values():
         for chosen in kinds.values():
@@ -288,33 +296,33 @@ def matched(results: dict, methods: list[str], seeds: list[int]) -> str:
     """How far GNDMR is from the teacher at the reward that each DMDR run reaches, between its weights linearly."""
     header = [
         "reward",
-        "DMDR's weight",
+        "GNDMR",
+        "DMDR",
         "reached",
-        "fid_teacher DMDR",
+        "its fid_teacher",
         "GNDMR at that reward",
         "difference, 95 %",
         "seeds",
     ]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for reward, kinds in by_reward(methods).items():
-        if not {"dmdr", "gndmr"} <= set(kinds):
-            continue
-        path = [plain("gndmr"), *kinds["gndmr"]]
-        for method in kinds["dmdr"]:
-            goals, theirs = (last(results, method, seeds, name) for name in (f"reward/{reward}", "fid_teacher"))
-            ours = []
+        ours, theirs = ([kind for kind in kinds if kind.split(",")[0] == name] for name in ("gndmr", "dmdr"))
+        for kind, method in ((kind, method) for kind in ours for other in theirs for method in kinds[other]):
+            path = [plain(kind), *kinds[kind]]
+            goals, reached = (last(results, method, seeds, name) for name in (f"reward/{reward}", "fid_teacher"))
+            found = []
             for goal, seed in zip(goals, seeds, strict=True):
                 points = [results[f"{m}-{seed}"]["curve"][-1] for m in path]
                 x, y = ([point[name] for point in points] for name in (f"reward/{reward}", "fid_teacher"))
                 # NaN where GNDMR's weights do not reach that far.
-                ours.append(np.interp(goal, *zip(*sorted(zip(x, y, strict=True)), strict=True), np.nan, np.nan))
-            ours = np.array(ours)
-            known = ~np.isnan(ours)
-            cells = [reward, method.rsplit("@", 1)[1], f"{goals.mean():.3f}", f"{theirs.mean():.3f}"]
+                found.append(np.interp(goal, *zip(*sorted(zip(x, y, strict=True)), strict=True), np.nan, np.nan))
+            found = np.array(found)
+            known = ~np.isnan(found)
+            cells = [reward, kind, method, f"{goals.mean():.3f}", f"{reached.mean():.3f}"]
             if known.any():
-                relative = ours[known] / theirs[known] - 1
+                relative = found[known] / reached[known] - 1
                 low, high = interval(relative)
-                cells += [f"{ours[known].mean():.3f}", f"{relative.mean():+.0%} [{low:+.0%}, {high:+.0%}]"]
+                cells += [f"{found[known].mean():.3f}", f"{relative.mean():+.0%} [{low:+.0%}, {high:+.0%}]"]
             else:
                 cells += ["not reached", ""]
             lines.append("| " + " | ".join([*cells, f"{known.sum()} of {len(seeds)}"]) + " |")
@@ -360,7 +368,7 @@ def plot_trade_offs(results: dict, methods: list[str], seeds: list[int], path: P
     for axis, (reward, kinds) in zip(axes[0], panels.items(), strict=True):
         for kind, chosen in kinds.items():
             color = f"C{all_kinds.index(kind)}"  # the same in every panel
-            line = chosen if kind == "constrained" else [plain(kind), *chosen]
+            line = chosen if kind.startswith("constrained") else [plain(kind), *chosen]
             x, y = ([last(results, m, seeds, name) for m in line] for name in (f"reward/{reward}", "fid_teacher"))
             axis.plot(np.array(x), np.array(y), ".", color=color, alpha=0.3)
             axis.plot(np.mean(x, 1), np.mean(y, 1), "o-", color=color, label=kind)
@@ -417,10 +425,9 @@ def compare(args, teacher: str | None, changes: dict, output_dir: Path):
         known.write_text(json.dumps(costs, indent=1) + "\n")
 
     def job(method: str, seed: int) -> tuple:
-        checkpoint = None
-        if plain(method) != method and options.get("reward_warmup"):
-            checkpoint = runs / f"{plain(method)}-{seed}" / f"checkpoint-{options['reward_warmup']}"
-        chosen = {**options, **options_of(method), "seed": seed}
+        checkpoint, chosen = None, {**options, **options_of(method), "seed": seed}
+        if plain(method) != method and chosen.get("reward_warmup"):
+            checkpoint = runs / f"{plain(method)}-{seed}" / f"checkpoint-{chosen['reward_warmup']}"
         if costs:
             chosen["max_steps"] = max(1, round(options["max_steps"] * costs[methods[0]] / costs[method]))
         return measure, teacher, chosen, checkpoint, runs / f"{method}-{seed}", args.eval_steps

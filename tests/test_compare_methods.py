@@ -88,6 +88,31 @@ def test_runs_side_by_side_end_where_one_alone_does(tmp_path, tiny_teacher, monk
     assert found[0]["curve"] == found[1]["curve"] and found[0]["teacher"] == found[1]["teacher"]
 
 
+def test_methods_with_rewards_set_out_from_a_plain_run_of_their_own_options(tmp_path, tiny_teacher, monkeypatch):
+    """They end where a run from the beginning does; and are compared though updates and warm-up are not the same."""
+    script = load_script("examples/compare_methods.py")
+    methods = [
+        "gndmr,max_steps=3,reward_warmup=2,reward_gradient_steps=null+jpeg_compressibility@1",
+        "dmdr,max_steps=2,reward_warmup=1,fake_updates=2+jpeg_compressibility@1",
+    ]
+    command = f"compare --teachers {tiny_teacher} --seeds 0 --num_images 8 --eval_steps 9 --output_dir {tmp_path}"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--methods", *methods, "--set", *SMALL.split()])
+    script.main()
+    results = json.loads((tmp_path / "tiny" / "results.json").read_text())
+    plain = ["gndm,max_steps=3,reward_warmup=2", "dmd,max_steps=2,reward_warmup=1,fake_updates=2"]
+    assert [results[f"{method}-0"]["curve"][-1]["step"] for method in [*methods, *plain]] == [3, 2, 3, 2]
+    for method in methods:
+        options = {**results["options"], **script.options_of(method), "seed": 0}
+        measure = script.Measure(tiny_teacher, 8, ["jpeg_compressibility"])
+        (point,) = script.run(measure, tiny_teacher, options, None, tmp_path / "straight", 9)["curve"]
+        (found,) = results[f"{method}-0"]["curve"]
+        for figures in (point, found):
+            del figures["seconds"], figures["diversity"]  # of one image a prompt, which equals nothing
+        assert point == found
+    rows = [line for line in (tmp_path / "tiny" / "table.md").read_text().splitlines() if "| jpeg" in line]
+    assert [row.split(" | ")[1:3] for row in rows] == [[methods[0].split("+")[0], methods[1]]]
+
+
 class ReadsBrightness(torch.nn.Module):
     """A judge of images whose brightness in tenths is their class; its features are of no matter."""
 
