@@ -18,7 +18,7 @@ python examples/compare_methods.py --methods dmd gndm --seeds 100 101 102 103 10
 python examples/compare_methods.py --methods dmd,fake_updates=3 gndm,fake_updates=1 --budget seconds --workers 2
 python examples/compare_methods.py --methods gndm gndm,num_iterations=2 --budget rollouts \
     --teachers embedded outputs/flow_teacher,max_sequence_length=10 outputs/dit_teacher    # of train_teacher.py
-python examples/compare_methods.py --methods dmd gndm dmdr+classifier@0.02 gndmr+classifier@0.3 --set reward_warmup=100
+python examples/compare_methods.py --methods dmdr+classifier@0.02 gndmr+classifier@0.3 --set reward_warmup=100
 python examples/compare_methods.py --methods dmd gndm --measure classifier    # of all images, and nobody trains by it
 """
 
@@ -54,8 +54,8 @@ METHODS = {
     "gndm": GNDM,
     "scale": {"dm_centering": "none", "dm_normalization": "group"},  # GNDM by a shared divisor alone
     "dmdr": {**DMD, "reward_mixing": "sum"},
-    "gndmr": {**GNDM, "reward_mixing": "adaptive", "reward_gradient_steps": 2},
-    "constrained": {**GNDM, "reward_mixing": "constrained", "reward_gradient_steps": 2},
+    "gndmr": {**GNDM, "reward_mixing": "adaptive"},
+    "constrained": {**GNDM, "reward_mixing": "constrained"},
 }
 # Distribution matching alone, from which a method with rewards sets out.
 PLAIN = {"dmdr": "dmd", "gndmr": "gndm", "constrained": "gndm"}
@@ -340,6 +340,12 @@ def budgets(results: dict, methods: list[str], seeds: list[int]) -> str:
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
+def label(kind: str, kinds: list[str]) -> str:
+    """The name of a kind of method, with its options where others of `kinds` have the same name."""
+    name = kind.split(",")[0]
+    return kind if sum(other.split(",")[0] == name for other in kinds) > 1 else name
+
+
 def plot_curves(results: dict, methods: list[str], seeds: list[int], path: Path):
     panels = [("step", "fid"), ("step", "fid_teacher"), ("rollouts", "fid_teacher")]
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4))
@@ -349,7 +355,7 @@ def plot_curves(results: dict, methods: list[str], seeds: list[int], path: Path)
             x = [point[cost] for point in curves[0]]
             values = np.array([[point[name] for point in curve] for curve in curves])
             axis.plot(x, values.T, color=f"C{i}", alpha=0.25, linewidth=1)
-            axis.plot(x, values.mean(0), color=f"C{i}", linewidth=2, label=method)
+            axis.plot(x, values.mean(0), color=f"C{i}", linewidth=2, label=label(method, methods))
         if name == "fid":
             teacher = results[f"{methods[0]}-{seeds[0]}"]["teacher"]["fid"]
             axis.axhline(teacher, color="gray", linestyle="--", label="teacher, 25 guided steps")
@@ -371,9 +377,15 @@ def plot_trade_offs(results: dict, methods: list[str], seeds: list[int], path: P
             line = chosen if kind.startswith("constrained") else [plain(kind), *chosen]
             x, y = ([last(results, m, seeds, name) for m in line] for name in (f"reward/{reward}", "fid_teacher"))
             axis.plot(np.array(x), np.array(y), ".", color=color, alpha=0.3)
-            axis.plot(np.mean(x, 1), np.mean(y, 1), "o-", color=color, label=kind)
+            axis.plot(np.mean(x, 1), np.mean(y, 1), "o-", color=color, label=label(kind, list(kinds)))
             for m, *place in zip(line, np.mean(x, 1), np.mean(y, 1), strict=True):
-                axis.annotate(m.rpartition("@")[2], place, xytext=(3, 3), textcoords="offset points", fontsize=7)
+                axis.annotate(
+                    m.rpartition("@")[2] if "@" in m else m.split(",")[0],
+                    place,
+                    xytext=(3, 3),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
         axis.set(xlabel=f"reward: {reward}", ylabel="fid_teacher")
         axis.locator_params(axis="x", nbins=5)
         axis.legend()

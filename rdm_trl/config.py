@@ -180,7 +180,8 @@ class RdmDistillConfig(TrainingArguments):
             (`"clip_score"`, see `rdm_trl.rewards.builtin`), dotted paths (`"my_rewards:redness"`), in Python also
             functions.
         reward_weights (`list[float]`, *optional*):
-            Weight of each reward, in their order; all `1.0` by default. What it means depends on `reward_mixing`.
+            Weight of each reward, in their order. What it means depends on `reward_mixing`. By default `1.0`, and
+            with `"adaptive"` `0.3` for differentiable rewards.
         reward_mixing (`str`, *optional*, defaults to `"adaptive"`):
             How rewards join distribution matching: `"sum"`, the plain weighted sum (DMDR); `"adaptive"`, each reward's
             push scaled against distribution matching's, so that its weight is a share (GNDMR); `"constrained"`, as
@@ -368,7 +369,8 @@ class RdmDistillConfig(TrainingArguments):
         default=None, metadata={"help": "Rewards: names of built-ins or dotted paths, as my_rewards:redness."}
     )
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward; all 1.0 by default."}
+        default=None,
+        metadata={"help": "Weight of each reward; 1.0 by default, 0.3 where adaptive and differentiable."},
     )
     reward_mixing: str = field(
         default="adaptive",

@@ -14,6 +14,7 @@ from transformers import TrainerState
 
 from rdm_trl import callbacks
 from rdm_trl.method import matching, policy
+from rdm_trl.rewards import panel
 
 
 # A short run in which a reward moves the tiny pipeline, with each of four seeds: a black box needs many images.
@@ -222,6 +223,50 @@ def test_a_warning_where_the_fake_score_is_left_behind(monkeypatch):
         state.log_history.append(logs)
         callback.on_log(None, state, None, logs)
     assert len(warnings) == 1 and warnings[0].startswith("dm/fake_error is 300 at step 40")
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({}, [1.0, 0.3]),  # black boxes come first
+        (dict(reward_gradients=False), [1.0, 1.0]),
+        (dict(reward_mixing="sum"), [1.0, 1.0]),
+        (dict(reward_mixing="constrained", target_dm=1.0), [1.0, 1.0]),
+        (dict(reward_weights=[0.5, 2.0]), [2.0, 0.5]),
+    ],
+)
+def test_weights_by_default(tmp_path, options, weights):
+    def reddish(images, prompts, metadata):
+        return redness(images, prompts, metadata)
+
+    reddish.differentiable = True
+    trainer = make_trainer(tmp_path, [reddish, redness], **options)
+    assert trainer.rewards.mixer.weights.tolist() == pytest.approx(weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        (dict(reward_weights=[0.5, 0.5, 0.0]), True),
+        (dict(reward_weights=[-0.5, 0.5, 0.0]), True),
+        (dict(reward_weights=[0.5, 0.4, 9.0]), False),  # a black box's push is mostly noise
+        (dict(reward_weights=[0.5, 0.5, 0.0], dm_weight=2.0), False),
+        (dict(reward_weights=[0.5, 0.5, 0.0], reward_mixing="sum"), False),
+        ({}, False),
+    ],
+)
+def test_shares_without_a_point_of_rest_are_warned_of(tmp_path, monkeypatch, options, warns):
+    def reddish(images, prompts, metadata):
+        return redness(images, prompts, metadata)
+
+    def bright(images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+    reddish.differentiable = bright.differentiable = True
+    warnings = []
+    monkeypatch.setattr(panel.logger, "warning_once", warnings.append)
+    make_trainer(tmp_path, [reddish, bright, redness], **options)
+    assert ["add up to 1. From 1 on" in warning for warning in warnings] == [True] * warns
 
 
 def test_a_reward_is_maximised(tmp_path):

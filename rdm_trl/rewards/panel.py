@@ -23,6 +23,9 @@ from . import RewardFunction, Scorer, check_clips, is_differentiable, reward_gra
 
 logger = logging.get_logger(__name__)
 
+# Of a differentiable reward by default. Shares that add up to 1 or more have no point of rest (docs/method.md).
+GRADIENT_SHARE = 0.3
+
 
 def over_processes(function: Callable, values: torch.Tensor) -> torch.Tensor:
     """`function` of the rows (B, ...) of all processes; this process's rows of its result."""
@@ -78,12 +81,22 @@ class RewardPanel:
         self.names = self.score.names
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"Two rewards have the same name: {', '.join(self.names)}. Set their `__name__`.")
-        weights = config.reward_weights if config.reward_weights is not None else [1.0] * len(functions)
+        differentiate = differentiate and config.reward_gradients
+        direct = [differentiate and is_differentiable(function) for function in functions]
+        # A gradient's share is all signal, a black box's for the most part noise.
+        share = GRADIENT_SHARE if config.reward_mixing == "adaptive" else 1.0
+        weights = [share if is_direct else 1.0 for is_direct in direct]
+        weights = config.reward_weights if config.reward_weights is not None else weights
         if len(weights) != len(functions):
             raise ValueError(f"`reward_weights` has {len(weights)} values for {len(functions)} reward functions.")
         self.weights = torch.tensor(weights)
-        differentiate = differentiate and config.reward_gradients
-        direct = [differentiate and is_differentiable(function) for function in functions]
+        shares = sum(abs(weight) for weight, is_direct in zip(weights, direct, strict=True) if is_direct)
+        if config.reward_mixing == "adaptive" and shares >= config.dm_weight > 0:
+            logger.warning_once(
+                f"The shares of differentiable rewards add up to {shares:g}. From {config.dm_weight:g} on, what "
+                "matches the teacher cannot push back as hard as they push: the student leaves it as long as it is "
+                "trained. Lower `reward_weights`, train for less long, or take `reward_mixing='constrained'`."
+            )
         self.differentiable = [i for i, is_direct in enumerate(direct) if is_direct]
         self.black_boxes = [i for i, is_direct in enumerate(direct) if not is_direct]
         black_boxes = [functions[i] for i in self.black_boxes]

@@ -3,7 +3,9 @@
 
 import pytest
 import torch
+from closed_forms import PROCESS
 
+from rdm_trl.method import matching
 from rdm_trl.method.advantages import Mixer, group_advantages, normalize_rewards
 
 
@@ -135,3 +137,34 @@ def test_a_mixers_state_is_all_it_remembers():
     second.state = {name: value.clone() for name, value in first.state.items()}
     one, other = (mixer(dm, [advantage, field], torch.ones(8), steps, -torch.ones(8)) for mixer in (first, second))
     assert torch.equal(one.direction, other.direction) and torch.equal(one.advantage, other.advantage)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
+def test_a_share_below_one_comes_to_rest(share):
+    """
+    A Gaussian student, whose fake score is exact, under a reward that likes larger numbers: by hand it rests where
+    distribution matching pulls it back with `share` of its own root mean square, noise included; and with 1 nowhere.
+    """
+    torch.manual_seed(0)
+    spread, number, group = 0.5, 4096, 4
+    timesteps = torch.full((number,), 500)
+    a, b = (c.mean() for c in PROCESS.coefficients(timesteps, timesteps))
+    pull, gain = b**2 / ((a * spread) ** 2 + b**2), a * spread**2 / ((a * spread) ** 2 + b**2)
+    mixer, mean, means = Mixer("adaptive", torch.tensor([share]), 1.0, 1), torch.zeros(()), []
+    for _ in range(400):
+        x0, noise = mean + spread * torch.randn(number, 16), torch.randn(number, 16)
+
+        def fake(x_t, timesteps, mean=mean):
+            return mean + gain * (x_t - a * mean)
+
+        probe = matching.probe(lambda x_t, t: gain * x_t, fake, PROCESS, x0, noise, timesteps)
+        dm = matching.center(probe, group).direction
+        steps = torch.zeros(number, dtype=torch.long)
+        mixed = mixer(dm, [torch.full_like(dm, 1000.0)], torch.zeros(number), steps, torch.zeros(number))
+        mean = mean + 0.3 * mixed.direction.mean()
+        means.append(mean)
+    if share < 1:
+        rest = share / (1 - share**2) ** 0.5 / pull * (spread**2 * pull / (group - 1)) ** 0.5
+        torch.testing.assert_close(torch.stack(means[-100:]).mean(), rest, rtol=0.02, atol=0)
+    else:
+        assert means[-1] > 1.5 * means[99]
