@@ -180,8 +180,8 @@ class RdmDistillConfig(TrainingArguments):
             (`"clip_score"`, see `rdm_trl.rewards.builtin`), dotted paths (`"my_rewards:redness"`), in Python also
             functions.
         reward_weights (`list[float]`, *optional*):
-            Weight of each reward, in their order. What it means depends on `reward_mixing`. By default `1.0`, and
-            with `"adaptive"` `0.3` for differentiable rewards.
+            Weight of each reward, in their order. What it means depends on `reward_mixing`. By default `1.0`, but
+            with `"adaptive"` differentiable rewards have `0.3` together.
         reward_mixing (`str`, *optional*, defaults to `"adaptive"`):
             How rewards join distribution matching: `"sum"`, the plain weighted sum (DMDR); `"adaptive"`, each reward's
             push scaled against distribution matching's, so that its weight is a share (GNDMR); `"constrained"`, as
@@ -370,7 +370,7 @@ class RdmDistillConfig(TrainingArguments):
     )
     reward_weights: list[float] | None = field(
         default=None,
-        metadata={"help": "Weight of each reward; 1.0 by default, 0.3 where adaptive and differentiable."},
+        metadata={"help": "Weight of each reward; 1.0 by default, adaptive differentiable ones 0.3 together."},
     )
     reward_mixing: str = field(
         default="adaptive",

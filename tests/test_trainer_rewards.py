@@ -242,6 +242,9 @@ def test_weights_by_default(tmp_path, options, weights):
     reddish.differentiable = True
     trainer = make_trainer(tmp_path, [reddish, redness], **options)
     assert trainer.rewards.mixer.weights.tolist() == pytest.approx(weights)
+    if "reward_weights" not in options:
+        weights = None if weights == [1.0, 1.0] else [0.3, 1.0]
+        assert trainer.settings()["reward_weights"] == weights  # a run of before, of 1 each, is another
 
 
 @pytest.mark.parametrize(
@@ -252,7 +255,7 @@ def test_weights_by_default(tmp_path, options, weights):
         (dict(reward_weights=[0.5, 0.4, 9.0]), False),  # a black box's push is mostly noise
         (dict(reward_weights=[0.5, 0.5, 0.0], dm_weight=2.0), False),
         (dict(reward_weights=[0.5, 0.5, 0.0], reward_mixing="sum"), False),
-        ({}, False),
+        ({}, False),  # 0.15 each
     ],
 )
 def test_shares_without_a_point_of_rest_are_warned_of(tmp_path, monkeypatch, options, warns):

@@ -23,7 +23,7 @@ from . import RewardFunction, Scorer, check_clips, is_differentiable, reward_gra
 
 logger = logging.get_logger(__name__)
 
-# Of a differentiable reward by default. Shares that add up to 1 or more have no point of rest (docs/method.md).
+# All differentiable rewards' together by default; with 1 and more there is no point of rest (docs/method.md).
 GRADIENT_SHARE = 0.3
 
 
@@ -83,13 +83,12 @@ class RewardPanel:
             raise ValueError(f"Two rewards have the same name: {', '.join(self.names)}. Set their `__name__`.")
         differentiate = differentiate and config.reward_gradients
         direct = [differentiate and is_differentiable(function) for function in functions]
-        # A gradient's share is all signal, a black box's for the most part noise.
-        share = GRADIENT_SHARE if config.reward_mixing == "adaptive" else 1.0
+        # A gradient's push is all signal, a black box's for the most part noise.
+        share = GRADIENT_SHARE / max(sum(direct), 1) if config.reward_mixing == "adaptive" else 1.0
         weights = [share if is_direct else 1.0 for is_direct in direct]
-        weights = config.reward_weights if config.reward_weights is not None else weights
+        self.weights = weights = config.reward_weights if config.reward_weights is not None else weights
         if len(weights) != len(functions):
             raise ValueError(f"`reward_weights` has {len(weights)} values for {len(functions)} reward functions.")
-        self.weights = torch.tensor(weights)
         shares = sum(abs(weight) for weight, is_direct in zip(weights, direct, strict=True) if is_direct)
         if config.reward_mixing == "adaptive" and shares >= config.dm_weight > 0:
             logger.warning_once(
@@ -170,7 +169,7 @@ class RewardPanel:
         Returns:
             Rewards (B, M), NaN where not scored; the pushes that `Mixer` takes; the black boxes' metadata by name.
         """
-        config, weights = self.config, self.weights.to(x0.device)
+        config, weights = self.config, torch.tensor(self.weights, device=x0.device)
         rewards = torch.full((len(prompts), len(self.functions)), torch.nan, device=x0.device)
         pushes, reward_metadata = [], {}
         if self.black_boxes:
@@ -231,7 +230,7 @@ class RewardPanel:
                     )
         if zero_std:
             figures["frac_reward_zero_std"] = torch.stack(zero_std).mean()
-        total = (rewards * self.weights.to(rewards)).nansum(1)
+        total = (rewards * rewards.new_tensor(self.weights)).nansum(1)
         figures["reward"] = total.mean()
         if self.config.num_generations > 1:
             figures["reward_std"] = total.view(-1, self.config.num_generations).std(1).mean()

@@ -104,6 +104,8 @@ def run_settings(trainer) -> dict[str, Any]:
     settings = {name: getattr(config, name) for name in (*ours, *TRAINING_SETTINGS)}
     settings = {name: str(v.value) if hasattr(v, "value") else v for name, v in settings.items()}
     settings["num_teacher_images"] *= trainer.absorbs_guidance  # a pipeline may have none
+    if any(weight != 1 for weight in trainer.rewards.weights):  # by default too, which was 1 once
+        settings["reward_weights"] = trainer.rewards.weights
     lora = {}
     if lora_config is not None:
         layers = lora_config.target_modules
