@@ -2,6 +2,7 @@
 """Every family against plain diffusers, on tiny random pipelines."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from diffusers import (
     FlowMatchLCMScheduler,
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from tiny_pipelines import (
     CASES,
     family_for,
@@ -99,6 +100,22 @@ def check_teacher(trainer, case, base):
         student = trainer.family.denoise(lambda *a, **k: trainer.model("student", *a, **k), x_t, timesteps, condition)
     assert len(calls) == 1 and torch.equal(found, expected)
     assert not torch.equal(found, student)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_default_lora_covers_the_blocks(name):
+    """All that is linear in them, what modulates them too; not a DiT's embeddings, which each of its blocks has."""
+    family = family_for(name)
+    inject_adapter_in_model(LoraConfig(target_modules=family.lora_target_modules), family.denoiser)
+    parts = {path: module for path, module in family.denoiser.named_modules() if re.search(r"\.\d+\.", path)}
+    kinds = torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d
+    plain = {path for path, module in parts.items() if isinstance(module, kinds) and ".lora_" not in path}
+    left = {re.sub(r".*\.\d+\.", "", path) for path in plain if not path.endswith("base_layer")}
+    expected = {
+        "dit": {"norm1.emb.timestep_embedder.linear_1", "norm1.emb.timestep_embedder.linear_2"},
+        "sana": {"ff.conv_depth"},  # of a group for each channel
+    }
+    assert left == expected.get(name, set())
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

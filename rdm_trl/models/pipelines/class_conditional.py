@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiTPipeline
 from diffusers.models.autoencoders.vae import DecoderOutput
 
-from .base import ATTENTION_LAYERS, PipelineFamily, refuse_negative_prompts
+from .base import ATTENTION_LAYERS, FEED_FORWARD_LAYERS, PipelineFamily, refuse_negative_prompts
 
 
 class DiTFamily(PipelineFamily):
@@ -17,6 +17,7 @@ class DiTFamily(PipelineFamily):
     """
 
     pipeline_class = DiTPipeline
+    lora_target_modules = [*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS, "norm1.linear"]
     pipeline_tag = "unconditional-image-generation"
 
     def own_size(self):

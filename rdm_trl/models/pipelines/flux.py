@@ -27,6 +27,10 @@ class FluxFamily(PipelineFamily):
         "ff_context.net.0.proj",
         "ff_context.net.2",
         "proj_mlp",
+        "proj_out",
+        "norm1.linear",
+        "norm1_context.linear",
+        "norm.linear",
     ]
     embeds_guidance = True
     student_guidance_scale = 3.5  # the default of the pipeline's call

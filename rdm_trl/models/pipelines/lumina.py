@@ -18,6 +18,7 @@ class Lumina2Family(PipelineFamily):
         "feed_forward.linear_1",
         "feed_forward.linear_2",
         "feed_forward.linear_3",
+        "norm1.linear",
     ]
 
     def size_multiple(self):

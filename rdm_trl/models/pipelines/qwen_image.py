@@ -29,6 +29,8 @@ class QwenImageFamily(PipelineFamily):
         "img_mlp.net.2",
         "txt_mlp.net.0.proj",
         "txt_mlp.net.2",
+        "img_mod.1",
+        "txt_mod.1",
     ]
 
     def size_multiple(self):

@@ -21,6 +21,8 @@ class StableDiffusion3Family(PipelineFamily):
         *FEED_FORWARD_LAYERS,
         "ff_context.net.0.proj",
         "ff_context.net.2",
+        "norm1.linear",
+        "norm1_context.linear",
     ]
 
     def size_multiple(self):

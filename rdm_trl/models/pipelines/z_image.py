@@ -14,6 +14,13 @@ class ZImageFamily(PipelineFamily):
     pipeline_class = ZImagePipeline
     lora_target_modules = [*ATTENTION_LAYERS, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
 
+    def __init__(self, pipeline, height=None, width=None):
+        super().__init__(pipeline, height, width)
+        # By whole names: the part of this name in the last layer is no linear layer.
+        blocks = {"noise_refiner": self.denoiser.noise_refiner, "layers": self.denoiser.layers}
+        modulation = [f"{name}.{i}.adaLN_modulation.0" for name, block in blocks.items() for i in range(len(block))]
+        self.lora_target_modules = [*self.lora_target_modules, *modulation]
+
     def own_size(self):
         return 1024, 1024
 
