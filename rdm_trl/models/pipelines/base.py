@@ -40,8 +40,8 @@ class PipelineFamily:
     Attributes:
         denoiser: the module that gets the adapters.
         dtype (`torch.dtype`): of its inputs.
-        lora_target_modules (`list[str]`): layers that a default LoRA covers: all linear ones of the network's blocks,
-            and a UNet's convolutions. What modulates a block counts most of all in a DiT (docs/results.md).
+        lora_target_modules (`list[str]`): layers that a default LoRA covers: the linear ones of the network's
+            blocks, and a UNet's convolutions. What modulates a block counts most of all in a DiT (docs/results.md).
         latent_shape (`tuple[int]`): of one image's latents, in the form that the denoiser takes them.
         num_frames (`int`, *optional*): of a video family's videos, which stand for images everywhere; else `None`.
         student_guidance_scale (`float`): `guidance_scale` of the student's plain pipeline call.

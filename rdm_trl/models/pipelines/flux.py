@@ -27,7 +27,6 @@ class FluxFamily(PipelineFamily):
         "ff_context.net.0.proj",
         "ff_context.net.2",
         "proj_mlp",
-        "proj_out",
         "norm1.linear",
         "norm1_context.linear",
         "norm.linear",

@@ -29,12 +29,6 @@ class Flux2KleinFamily(PipelineFamily):
         "to_qkv_mlp_proj",
     ]
 
-    def __init__(self, pipeline, height=None, width=None):
-        super().__init__(pipeline, height, width)
-        # By whole names: in the other blocks this is no linear layer.
-        single = (f"single_transformer_blocks.{i}.attn.to_out" for i in range(self.denoiser.config.num_single_layers))
-        self.lora_target_modules = [*self.lora_target_modules, *single]
-
     def has_guidance(self):
         return not self.pipeline.config.is_distilled
 
