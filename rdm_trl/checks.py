@@ -70,6 +70,43 @@ def check_adversarial(config):
         )
 
 
+def check_guidance(config):
+    """Raises `ValueError` for absorbed guidance that cannot be, or beside guidance inside R_dm."""
+    if config.num_teacher_images == 0:
+        return
+    if config.num_teacher_images % 2:
+        raise ValueError(
+            f"`num_teacher_images` is {config.num_teacher_images}, but must be even: what two images of a prompt "
+            "have in common is what the target is fitted to."
+        )
+    if config.teacher_guidance_scale <= 1:
+        raise ValueError(
+            f"`num_teacher_images` is {config.num_teacher_images}, but `teacher_guidance_scale` is "
+            f"{config.teacher_guidance_scale}: there is no guidance to absorb. Set one of them."
+        )
+    if config.sample_guidance_scale > 1:
+        raise ValueError(
+            f"`sample_guidance_scale` is {config.sample_guidance_scale} beside `num_teacher_images="
+            f"{config.num_teacher_images}`: guidance would act in R_dm twice. Leave out "
+            "`sample_guidance_scale` to absorb it, or `num_teacher_images` to keep it in R_dm."
+        )
+
+
+def check_learned_target(config, absorbs: bool):
+    """Raises `ValueError` for a learned target without images of a guided teacher, or without a group's level."""
+    if config.learn_target and not absorbs:
+        raise ValueError(
+            "`learn_target` learns the guided teacher's images, and this run has none: it needs a pipeline with "
+            "guidance, `teacher_guidance_scale` above 1 and `num_teacher_images`."
+        )
+    if config.learn_target and (config.dm_timestep_sampling != "shared" or config.num_generations < 2):
+        raise ValueError(
+            "`learn_target` is about how several images of a prompt differ at one noise level: it needs "
+            f"`dm_timestep_sampling='shared'`, which is {config.dm_timestep_sampling!r}, and `num_generations` of at "
+            f"least 2, which is {config.num_generations}."
+        )
+
+
 def check_grid(config):
     """Raises `ValueError` for sizes, numbers of tokens or noise levels that no pipeline can draw with."""
     if (config.sample_height is None) != (config.sample_width is None):

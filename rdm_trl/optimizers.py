@@ -49,13 +49,13 @@ def create_optimizers(trainer) -> torch.optim.Optimizer:
             "`trainer.optimizer` must hold the student's parameters and no others: "
             '`trainer.model.adapter_parameters("student")`.'
         )
-    adversary = trainer.adversary
+    others = [other for other in (trainer.adversary, trainer.learned_target) if other is not None]
     if trainer.fake_score is None:
         trainer.fake_score = make_score(trainer, trainer.model.adapter_parameters("fake"), "fake score")
-        if adversary is not None:
-            adversary.create_score()
+        for other in others:
+            other.create_score()
     else:
-        for score in [trainer.fake_score] if adversary is None else [trainer.fake_score, adversary.score]:
+        for score in (trainer.fake_score, *(other.score for other in others)):
             score.scheduler = fake_schedule(trainer.args, score.optimizer)
     return trainer.optimizer
 

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 from . import evaluation, guidance
 from .adversary import Adversary
 from .callbacks import ImageTracker, StopOnSignalCallback, call_apart, default_callbacks, mean_figures
+from .checks import check_learned_target
 from .config import RdmDistillConfig
 from .ddpo import ask_black_boxes, compute_rewards, generate_samples, of_one, policy_loss, transition_loss
 from .demo import DEMO_PIPELINE, DEMO_PROMPTS, load_demo_judge, load_demo_pipeline
@@ -38,6 +39,7 @@ from .rewards.panel import RewardPanel, distribution_matching_push
 from .saving import checkpoint
 from .saving.hub import run_settings, save_checkpoint, write_card, write_metrics
 from .saving.upload import prepare_push, push, push_checkpoint
+from .scores import LearnedTarget, denoising_loss_of
 
 
 class RdmDistillTrainer(Trainer):
@@ -134,7 +136,8 @@ class RdmDistillTrainer(Trainer):
         # Model: one frozen denoiser and its adapters, equal on all processes
         set_seed(config.seed)
         absorbs = config.num_teacher_images > 0 and config.teacher_guidance_scale > 1 and self.family.has_guidance()
-        roles = make_roles(self.family, peft_config, teacher_lora, student_lora)
+        check_learned_target(config, absorbs)
+        roles = make_roles(self.family, peft_config, teacher_lora, student_lora, config.learn_target)
         if sharding.is_asked_for():
             sharding.shard(roles, self.family, config.device, not config.offload_encoders)
         self.encode, self.encode_negative = prompt_caches(self.family, config, self.base_model)
@@ -160,6 +163,7 @@ class RdmDistillTrainer(Trainer):
         evaluation.check_types(self)
         self.student_timesteps = self.student_scheduler.timesteps.to(self.accelerator.device)
         self.adversary = Adversary(self) if config.adversarial_weight else None
+        self.learned_target = LearnedTarget(self) if config.learn_target else None
         # Other noise on each process, from here on.
         set_seed(config.seed, device_specific=True)
 
@@ -216,7 +220,9 @@ class RdmDistillTrainer(Trainer):
     def predict_teacher(self, x_t, timesteps, condition) -> torch.Tensor:
         """R_dm's teacher: the target, or the teacher with guidance as its pipeline computes it."""
         if self.absorbs_guidance:
-            return guidance.predict_target(self, x_t, timesteps, condition)
+            found = guidance.predict_target(self, x_t, timesteps, condition)
+            learned = self.learned_target
+            return found if learned is None else learned.predict(found, x_t, timesteps, condition)
         negative, scale = self.encode_negative([self.args.negative_prompts]), self.args.sample_guidance_scale
         output = self.family.guide(self.denoise_as_teacher, x_t, timesteps, condition, negative, scale)
         return self.process.to_x0(output, x_t, timesteps)
@@ -396,26 +402,13 @@ class RdmDistillTrainer(Trainer):
 
     def update_fake(self):
         """`fake_updates` denoising updates of the fake score on the student's latest images."""
-
-        def denoising_loss(x0, condition, seen):
-            groups = len(x0) // self.args.num_generations, self.args.num_generations
-            fractions = matching.draw_fractions(*groups, "stratified", seen, 1.0)
-            timesteps = self.process.timesteps_at(fractions).to(x0.device)
-            return self.denoising_loss(x0, torch.randn_like(x0), timesteps, condition)
-
         for _ in range(self.args.fake_updates):
-            self._record({"loss/fake": self.fake_score.update(denoising_loss, self._fake_batches)})
-            if self.adversary is not None:
-                self._record(self.adversary.update(self._fake_batches))
+            loss = self.fake_score.update(denoising_loss_of(self, "fake"), self._fake_batches)
+            self._record({"loss/fake": loss})
+            for other in filter(None, (self.adversary, self.learned_target)):
+                self._record(other.update(self._fake_batches))
         self._fake_batches.clear()
         self._record({"fake_learning_rate": self.fake_score.scheduler.get_last_lr()[0]})
-
-    def denoising_loss(self, x0, noise, timesteps, condition) -> torch.Tensor:
-        """How well the fake score denoises the images `x0` (B, ...), in the network's own parameterisation."""
-        with self.accelerator.autocast():
-            x_t = self.process.add_noise(x0, noise, timesteps)
-            output = self.family.denoise(lambda *a, **k: self.model("fake", *a, **k), x_t, timesteps, condition)
-            return losses.denoising_loss(output, self.process.target(x0, noise, timesteps))
 
     def create_optimizer(self, model=None):
         """

@@ -31,6 +31,7 @@ def make_roles(
     peft_config: LoraConfig | bool | None,
     teacher_lora: str | Path | None = None,
     student_lora: str | Path | None = None,
+    learn_target: bool = False,
 ) -> NetworkRoles:
     """
     The roles of a run; by default adapters of rank 32 on the family's layers, whole networks with `False`.
@@ -53,6 +54,8 @@ def make_roles(
             "pipeline (`pipeline.fuse_lora(); pipeline.unload_lora_weights(); pipeline.save_pretrained(folder)`)."
         )
     if peft_config is False:
+        if learn_target:
+            raise ValueError("`learn_target` is an adapter, and `peft_config=False` has none.")
         if teacher_lora is not None or student_lora is not None:
             raise ValueError(
                 "`teacher_lora` and `student_lora` need LoRAs, and `peft_config=False` has none: fuse them into the "
@@ -74,7 +77,7 @@ def make_roles(
         peft_config = replace(peft_config, target_modules=family.lora_target_modules)
     check_lora_config(peft_config)
     use_encoder_loras(family, encoder_loras)
-    roles = Roles(family.denoiser, peft_config, teacher, student)
+    roles = Roles(family.denoiser, peft_config, teacher, student, learn_target)
     check_scales(family.denoiser, peft_config)
     check_saved_lora(family, roles)
     return roles

@@ -110,6 +110,7 @@ class Roles(NetworkRoles):
         lora_config (`LoraConfig`): of all adapters, which start as the teacher.
         teacher (`tuple[LoraConfig, dict]`, *optional*): the teacher's own LoRA; rank is added to `lora_config`'s.
         student (`tuple[LoraConfig, dict]`, *optional*): a LoRA that the student begins as; the fake score does not.
+        learn_target (`bool`): whether there is an adapter `target`, that begins as the fake score does.
 
     Raises:
         ValueError: the teacher's LoRA is none that another can begin as.
@@ -123,6 +124,7 @@ class Roles(NetworkRoles):
         lora_config: LoraConfig,
         teacher: tuple[LoraConfig, dict] | None = None,
         student: tuple[LoraConfig, dict] | None = None,
+        learn_target: bool = False,
     ):
         super().__init__()
         self.denoiser = denoiser.requires_grad_(False).eval()
@@ -131,6 +133,8 @@ class Roles(NetworkRoles):
         joined = joined_config(lora_config, denoiser, teacher[1]) if teacher else lora_config
         of_student = student[0] if student else joined
         configs = {"student": of_student, "fake": joined, "ema": of_student}
+        if learn_target:
+            self.adapters, configs = (*ADAPTERS, "target"), configs | {"target": joined}
         configs |= {TEACHER: teacher[0]} if teacher else {}
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -154,7 +158,7 @@ class Roles(NetworkRoles):
             parameter.data = parameter.data.float()  # a half-precision base, full-precision training
         for name in configs:
             for parameter in self.adapter_parameters(name):
-                parameter.requires_grad_(name in ("student", "fake"))
+                parameter.requires_grad_(name in ("student", "fake", "target"))
         with torch.no_grad():
             torch._foreach_copy_(self.adapter_parameters("ema"), self.adapter_parameters("student"))
         # DDP wraps this module for the student alone: the fake score is trained outside its forward pass.

@@ -181,6 +181,8 @@ def save_training_state(folder: Path, trainer):
     torch.save(trainer.fake_score.state_dict(), folder / "fake_optimizer.pt")
     if trainer.adversary is not None:
         torch.save(trainer.adversary.state_dict(), folder / "discriminator.pt")
+    if trainer.learned_target is not None:
+        torch.save(trainer.learned_target.score.state_dict(), folder / "target_optimizer.pt")
     save_file(trainer.rewards.mixer.state, folder / "mixer.safetensors")
 
 
@@ -197,7 +199,9 @@ def load_adapters(folder: Path, roles: NetworkRoles):
     """Raises `ValueError` where the checkpoint's adapters are not those of `roles`."""
     state = load_file(folder / "adapters.safetensors")
     for name in roles.adapters:
-        roles.load_adapter(name, {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")})
+        own = {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")}
+        if own or name != "target":  # else it begins anew: another run's settings, as all say
+            roles.load_adapter(name, own)
 
 
 def load_best(trainer):
@@ -228,12 +232,17 @@ def load_training_state(folder: Path, trainer):
     found = folder / "discriminator.pt"
     if trainer.adversary is not None and found.exists():  # else it begins anew: another run's settings, as all say
         trainer.adversary.load_state_dict(torch.load(found, map_location="cpu", weights_only=True))
+    found = folder / "target_optimizer.pt"
+    if trainer.learned_target is not None and found.exists():
+        trainer.learned_target.score.load_state_dict(torch.load(found, map_location="cpu", weights_only=True))
     args, mixer, mixed = trainer.args, trainer.rewards.mixer, load_file(folder / "mixer.safetensors")
     if args.resume_with_changes:
         use_learning_rate(trainer.lr_scheduler, args.learning_rate)
         use_learning_rate(trainer.fake_score.scheduler, args.fake_learning_rate)
         if trainer.adversary is not None:
             use_learning_rate(trainer.adversary.score.scheduler, trainer.adversary.learning_rate)
+        if trainer.learned_target is not None:
+            use_learning_rate(trainer.learned_target.score.scheduler, args.fake_learning_rate)
     if not args.resume_with_changes or mixed["mass"].shape == mixer.state["mass"].shape:
         mixer.load_state(mixed)
 

@@ -104,6 +104,8 @@ def run_settings(trainer) -> dict[str, Any]:
     settings = {name: getattr(config, name) for name in (*ours, *TRAINING_SETTINGS)}
     settings = {name: str(v.value) if hasattr(v, "value") else v for name, v in settings.items()}
     settings["num_teacher_images"] *= trainer.absorbs_guidance  # a pipeline may have none
+    if not config.learn_target:  # as in a checkpoint of before it
+        del settings["learn_target"]
     if any(weight != 1 for weight in trainer.rewards.weights):  # by default too, which was 1 once
         settings["reward_weights"] = trainer.rewards.weights
     lora = {}
@@ -230,6 +232,8 @@ def write_card(
         method += f"; guidance was absorbed from {settings['num_teacher_images']} images of the guided teacher"
         if trainer.target is not None and len(trainer.target) > 1:
             method += ", with a look at where its sampler goes"
+        if trainer.learned_target is not None:
+            method += ", and an adapter learned how those of one prompt differ"
     if trainer.teacher_lora is not None:
         method += f". Its teacher was the base with the LoRA `{trainer.teacher_lora}`, whose style it carries"
     on_hub = base is not None and not Path(base).exists()  # the Hub accepts no path

@@ -123,8 +123,9 @@ def equal(way: str, folder: Path):
         last = 4 if name == "unet" else 3  # of the UNet the second use of its second rollout
         run, options = folder / name, dict(max_steps=last, save_strategy="steps", save_steps=last - 1)
         if name == "unet":
-            # Guidance absorbed from images that make no equal shares, a look ahead, reuse of rollouts, and a grid.
-            options |= dict(num_teacher_images=6, num_iterations=2, log_images_steps=3)
+            # Guidance absorbed from images that make no equal shares, a look ahead, a learned target, reuse of
+            # rollouts, and a grid.
+            options |= dict(num_teacher_images=6, learn_target=True, num_iterations=2, log_images_steps=3)
             # Convolutions round by where their weights lie in memory, and Adam would blow that up.
             options |= dict(optim="sgd", learning_rate=0.1, fake_learning_rate=0.1)
             options |= dict(image_dataset=str(folder.parent / "real"), **real)

@@ -52,6 +52,7 @@ def test_two_processes_resume_between_two_uses_of_a_rollout(launches):
         whole, resumed = (load_file(folder / f"{name}-{rank}-of-2.safetensors") for name in ("whole", "resumed"))
         for key, value in whole.items():
             assert resumed[key].equal(value), key
+    assert any(key.startswith("target.") for key in whole)
     other = load_file(folder / "whole-1-of-2.safetensors")
     whole = load_file(folder / "whole-0-of-2.safetensors")
     assert all(other[key].equal(value) for key, value in whole.items())

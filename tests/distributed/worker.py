@@ -67,8 +67,8 @@ def draw_by_batch(trainer):
     assert accumulation * args.world_size == 2
 
 
-def save(trainer, folder: Path, name: str, roles: tuple[str, ...] = ("student", "fake", "ema")):
-    rank = trainer.accelerator.process_index
+def save(trainer, folder: Path, name: str):
+    rank, roles = trainer.accelerator.process_index, trainer.model.adapters
     adapters = {f"{role}.{key}": value for role in roles for key, value in trainer.model.adapter_state(role).items()}
     if trainer.adversary is not None:
         adapters |= {f"head.{key}": value for key, value in trainer.adversary.head.state_dict().items()}
@@ -101,6 +101,8 @@ def resume(folder: Path):
         reward_mixing="constrained", target_dm=0.1, num_iterations=4, dm_normalization="batch", prompts=prompts
     )
     options |= dict(max_steps=5, save_strategy="steps", save_steps=3)
+    options |= dict(num_teacher_images=6, teacher_guidance_scale=3.0, sample_guidance_scale=1.0, learn_target=True)
+    options |= dict(teacher_cache_dir=str(folder / "cache"))
     rewards = [redness, brightness]
     whole = make_trainer(folder / "whole", rewards, **options)
     whole.train()

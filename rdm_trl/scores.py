@@ -1,0 +1,65 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""What learns beside the student by denoising: its fake score, and the learned part of R_dm's teacher."""
+
+from collections.abc import Callable
+
+import torch
+
+from .method import losses, matching
+from .optimizers import make_score
+
+
+ROLE = "target"
+
+
+def denoising_loss_of(trainer, role: str) -> Callable:
+    """Loss of `role` at images `x0` (B, ...) above the levels `seen` (B,), in the network's own parameterisation."""
+
+    def loss(x0, condition, seen):
+        groups = len(x0) // trainer.args.num_generations, trainer.args.num_generations
+        fractions = matching.draw_fractions(*groups, "stratified", seen, 1.0)
+        timesteps, noise = trainer.process.timesteps_at(fractions).to(x0.device), torch.randn_like(x0)
+        with trainer.accelerator.autocast():
+            x_t = trainer.process.add_noise(x0, noise, timesteps)
+            output = trainer.family.denoise(lambda *a, **k: trainer.model(role, *a, **k), x_t, timesteps, condition)
+            return losses.denoising_loss(output, trainer.process.target(x0, noise, timesteps))
+
+    return loss
+
+
+class LearnedTarget:
+    """
+    An adapter that learns the guided teacher's images in step with the fake score, which learns the student's: as many
+    updates, images, noise levels, the same rate. Where the student is at its teacher both have learned the same, so
+    that their difference is 0 however much that is. The network by itself keeps what a fake score unlearns. Ours.
+
+    Args:
+        trainer (`RdmDistillTrainer`): with the role `target`.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.score, self.latents, self.prompts = trainer, None, None, None
+
+    def create_score(self):
+        """The fake score's optimizer and schedule."""
+        self.score = make_score(self.trainer, self.trainer.model.adapter_parameters(ROLE), "learned target")
+
+    def begin(self, latents: torch.Tensor, prompts: list[str]):
+        """From now on it learns `latents` (N, ...) of `prompts`."""
+        self.latents, self.prompts = latents, prompts
+
+    def update(self, batches: list[tuple]) -> dict[str, torch.Tensor]:
+        """One update, on as many of the teacher's images as batches `(x0, condition, seen)` have of the student's."""
+        own = []
+        for x0, _, seen in batches:
+            rows = torch.randint(len(self.latents), (len(x0),))
+            condition = self.trainer.encode([self.prompts[i] for i in rows.tolist()])
+            own.append((self.latents[rows].to(x0), condition, seen))
+        return {"loss/target": self.score.update(denoising_loss_of(self.trainer, ROLE), own)}
+
+    def predict(self, found: torch.Tensor, x_t: torch.Tensor, timesteps, condition) -> torch.Tensor:
+        """The fitted target's prediction `found` (B, ...), what differs within a group in place of its own."""
+        trainer = self.trainer
+        learned = trainer.predict_x0(trainer.model, ROLE, x_t, timesteps, condition)
+        difference = (learned - found).unflatten(0, (-1, trainer.args.num_generations))
+        return found + (difference - difference.mean(1, keepdim=True)).flatten(0, 1)

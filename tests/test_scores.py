@@ -1,0 +1,108 @@
+# Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
+"""What learns beside the student by denoising: the learned target against the fake score, and runs with it."""
+
+import pytest
+import torch
+from conftest import PROMPTS, redness
+from safetensors.torch import load_file
+from test_guidance import absorbing, check_equal
+from tiny_pipelines import CASES, make, make_family_trainer
+
+from rdm_trl import guidance, scores
+
+
+def test_at_the_teacher_nothing_is_left_within_a_prompt(tmp_path, monkeypatch):
+    """
+    Shown the same images, at the same noise, learned target and fake score stay one network, however much of it they
+    have learned: R_dm's direction is then the same for all images of a prompt, and it is not without.
+    """
+    trainer = absorbing(tmp_path, learn_target=True, fake_learning_rate=1e-2, max_steps=1)
+    trainer.absorb_guidance()
+    trainer.create_optimizer()
+    trainer.model.load_adapter("target", trainer.model.adapter_state("fake"))
+    learned = trainer.learned_target
+    assert learned.latents.shape == (6, *trainer.family.latent_shape) and len(learned.prompts) == 6
+    rows = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1])
+    monkeypatch.setattr(scores.torch, "randint", lambda *args: rows)
+    seen = torch.full((8,), 0.25)
+    batch = learned.latents[rows], trainer.encode([learned.prompts[i] for i in rows.tolist()]), seen
+    for step in range(5):
+        torch.manual_seed(step)
+        trainer.fake_score.update(scores.denoising_loss_of(trainer, "fake"), [batch])
+        torch.manual_seed(step)
+        learned.update([(torch.zeros(8, *trainer.family.latent_shape), None, seen)])
+    check = trainer.model.adapter_state
+    for key, value in check("fake").items():
+        torch.testing.assert_close(check("target")[key], value, atol=1e-6, rtol=1e-5)
+    assert sum(value.abs().sum() for key, value in check("fake").items() if "lora_B" in key) > 0
+
+    x_t, condition = torch.randn(8, *trainer.family.latent_shape), trainer.encode([PROMPTS[0]] * 4 + [PROMPTS[1]] * 4)
+    timesteps = trainer.student_timesteps[2].expand(8)
+    with torch.no_grad():
+        fake = trainer.predict_x0(trainer.model, "fake", x_t, timesteps, condition)
+        fitted = guidance.predict_target(trainer, x_t, timesteps, condition)
+        direction, without = (trainer.predict_teacher(x_t, timesteps, condition) - fake).view(2, 4, -1), fitted - fake
+    without = without.view(2, 4, -1)
+    torch.testing.assert_close(direction, without.mean(1, keepdim=True).expand_as(without), atol=1e-4, rtol=1e-4)
+    assert without.std(1).mean() > 100 * direction.std(1).mean()
+
+
+def test_a_run_goes_on_exactly(tmp_path):
+    options = dict(learn_target=True, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2)
+    whole = absorbing(tmp_path / "whole", [redness], max_steps=4, **options)
+    whole.train()
+    absorbing(tmp_path, [redness], max_steps=2, **options).train()
+    saved = load_file(tmp_path / "run" / "checkpoint-2" / "adapters.safetensors")
+    assert any(key.startswith("target.") for key in saved)
+    resumed = absorbing(tmp_path, [redness], max_steps=4, **options)
+    resumed.train(resume_from_checkpoint=True)
+    check_equal(resumed, whole, whole.model.adapters)
+    assert "target" in whole.model.adapters and not torch.equal(*map(b_of, (whole, whole), ("target", "fake")))
+    # The saved student is it alone; the card says how it was made.
+    whole.save_model()
+    assert not any("target" in key for key in load_file(tmp_path / "whole/run/pytorch_lora_weights.safetensors"))
+    assert "an adapter learned how those of one prompt differ" in (tmp_path / "whole/run/README.md").read_text()
+
+
+def b_of(trainer, role):
+    return next(value for key, value in trainer.model.adapter_state(role).items() if "lora_B" in key)
+
+
+def test_without_it_checkpoints_are_those_of_before(tmp_path):
+    trainer = absorbing(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    trainer.train()
+    assert "learn_target" not in trainer.settings()
+    other = absorbing(tmp_path, learn_target=True, max_steps=2)
+    with pytest.raises(ValueError, match="`learn_target` was None, is True"):
+        other.train(resume_from_checkpoint=True)
+    changed = absorbing(tmp_path, learn_target=True, max_steps=2, resume_with_changes=True)
+    changed.train(resume_from_checkpoint=True)
+    assert changed.state.global_step == 2
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux_dev", "dit", "wan"])
+def test_families(name, tmp_path):
+    case = CASES[name]
+    options = dict(num_teacher_images=2, teacher_guidance_scale=3.0, teacher_cache_dir=str(tmp_path / "cache"))
+    trainer = make_family_trainer(case, tmp_path, make(case), (), learn_target=True, **options, **case.size)
+    trainer.train()
+    assert b_of(trainer, "target").abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(num_teacher_images=0), "this run has none"),
+        (dict(num_teacher_images=0, teacher_guidance_scale=1.0), "this run has none"),
+        (dict(dm_centering="none", dm_timestep_sampling="uniform"), "which is 'uniform'"),
+        (dict(peft_config=False), "`learn_target` is an adapter"),
+    ],
+)
+def test_what_it_needs(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        absorbing(tmp_path, learn_target=True, **options)
+
+
+def test_a_pipeline_without_guidance(tmp_path):
+    with pytest.raises(ValueError, match="this run has none"):
+        make_family_trainer(CASES["ddpm"], tmp_path, make(CASES["ddpm"]), (), learn_target=True)
