@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None):
     planner.add_argument(
         "--adversarial", action="store_true", help="with a discriminator, which `adversarial_weight` asks for"
     )
+    planner.add_argument("--learn-target", action="store_true", help="with the adapter that `learn_target` asks for")
     exporter = commands.add_parser("export", help="a distilled checkpoint for other programs")
     exporter.add_argument("checkpoint", help="folder that a run has saved")
     exporter.add_argument("--output_dir", "--output-dir", required=True, help="where to write")
@@ -71,8 +72,8 @@ def main(argv: list[str] | None = None):
         print(export(args.checkpoint, args.output_dir, args.format, base=args.base, dtype=dtype))
         return
     size = {"height": args.height, "width": args.width, "num_frames": args.num_frames, "lora_r": args.lora_r}
-    with_discriminator = {"with_discriminator": args.adversarial}
-    print(plan(args.model, args.gpu_memory, args.num_gpus, args.single_file_config, **size, **with_discriminator))
+    learns = {"with_discriminator": args.adversarial, "learn_target": args.learn_target}
+    print(plan(args.model, args.gpu_memory, args.num_gpus, args.single_file_config, **size, **learns))
 
 
 if __name__ == "__main__":

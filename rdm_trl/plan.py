@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .method import adversarial
 from .models.pipelines import PipelineFamily, family_of
 from .models.pipelines.loading import is_single_file, single_file_folder
-from .models.roles import ADAPTERS, Roles
+from .models.roles import Roles
 from .models.sharding import blocks_of, encoders_for_shards
 from .real_images import check_draws_images
 
@@ -38,8 +38,8 @@ class Memory:
     Args:
         denoiser, encoders, others: weights in bfloat16; `encoders` are 0 where they are offloaded, and `others` is the
             autoencoder. In shards both are the device's part, `denoiser` with the block that is whole while it runs.
-        adapters: student, fake score and average in float32, with the gradients and AdamW states of the first
-            two; and the discriminator's head with its own, where there is one.
+        adapters: student, fake score, learned target and average in float32, with the gradients and AdamW states of
+            all but the average; and the discriminator's head with its own, where there is one.
         activations: what the student's forward pass keeps for its backward pass, and the discriminator's pass, which
             runs meanwhile. Where what encoders take while they run is larger, offloaded or in shards, that: it is on
             the device before.
@@ -256,6 +256,7 @@ def memory_of(
     width: int | None = None,
     num_frames: int | None = None,
     with_discriminator: bool = False,
+    learn_target: bool = False,
     in_shards: bool = False,
 ) -> Memory:
     """
@@ -266,6 +267,7 @@ def memory_of(
         height, width (`int`, *optional*): of the images in pixels.
         num_frames (`int`, *optional*): of videos.
         with_discriminator (`bool`, *optional*, defaults to `False`): count what `adversarial_weight` asks for.
+        learn_target (`bool`, *optional*, defaults to `False`): as in `RdmDistillConfig`.
         in_shards (`bool`, *optional*, defaults to `False`): its passes go to the denoiser's end, as in shards.
 
     Raises:
@@ -279,13 +281,16 @@ def memory_of(
     others = size_of(*models) - denoiser - encoders
     with torch.device("meta"):
         roles = Roles(
-            family.denoiser, LoraConfig(r=lora_r, lora_alpha=lora_r, target_modules=family.lora_target_modules)
+            family.denoiser,
+            LoraConfig(r=lora_r, lora_alpha=lora_r, target_modules=family.lora_target_modules),
+            learn_target=learn_target,
         )
     if activation_checkpointing:
         roles.activation_checkpointing_enable()
-    one = (size_of(roles) - denoiser) // len(ADAPTERS)
-    # Weights of all; a gradient and two moments of student and fake score.
-    adapters, activations = one * (len(ADAPTERS) + 2 * 3), saved_activations(family, roles, batch_size)
+    one = (size_of(roles) - denoiser) // len(roles.adapters)
+    # Weights of all; a gradient and two moments of each but the average.
+    adapters = one * (len(roles.adapters) + 3 * (len(roles.adapters) - 1))
+    activations = saved_activations(family, roles, batch_size)
     if with_discriminator:
         head, seen = discriminator_sizes(family, roles, batch_size, not (activation_checkpointing or in_shards))
         adapters, activations = adapters + 4 * head, activations + seen
@@ -303,7 +308,7 @@ def choose(
         load (`Callable`): gives the pipeline without its weights, a new one each time.
         gpu_memory (`float`): of each device, in GiB.
         num_gpus (`int`, *optional*, defaults to 1): processes that train together, and may share the base.
-        **options: `lora_r`, `height`, `width`, `num_frames` and `with_discriminator` of `memory_of`.
+        **options: `lora_r`, `height`, `width`, `num_frames`, `with_discriminator` and `learn_target` of `memory_of`.
     """
     family = family_of(load())
     bases, (part, gathered) = sizes_of_base(family.denoiser, num_gpus), encoders_in_shards(family, num_gpus)

@@ -142,7 +142,9 @@ def test_metrics_page_lists_every_key_that_is_logged_and_no_other(tmp_path):
     trainer = RdmDistillTrainer(make_config(tmp_path, num_iterations=2, **real), rewards)  # embedded, all figures
     trainer.train()
     trainer.evaluate()
-    summed = make_trainer(tmp_path, rewards, reward_mixing="sum")
+    learned = dict(num_teacher_images=2, teacher_guidance_scale=3.0, sample_guidance_scale=1.0, learn_target=True)
+    learned["teacher_cache_dir"] = str(tmp_path / "cache")
+    summed = make_trainer(tmp_path, rewards, reward_mixing="sum", **learned)
     summed.train()
     logged = {
         re.sub(r"^eval_(base|teacher)_", "eval_", re.sub("redness|brightness|(?<=weight/)adversarial", "NAME", key))

@@ -44,6 +44,8 @@ def test_weights_are_those_of_the_real_pipeline():
     parameters = {name: sum(p.numel() for p in roles.adapter_parameters(name)) for name in ("student", "fake", "ema")}
     trained = parameters["student"] + parameters["fake"]
     assert memory.adapters == 4 * (sum(parameters.values()) + 3 * trained)
+    learned = plan.memory_of(plan.load_without_weights(DEMO_PIPELINE), 4, False, lora_r=8, learn_target=True)
+    assert learned.adapters - memory.adapters == 4 * 4 * parameters["fake"]
 
 
 def resident() -> int:
