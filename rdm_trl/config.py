@@ -93,7 +93,7 @@ class RdmDistillConfig(TrainingArguments):
         learn_target (`bool`, *optional*, defaults to `False`):
             Beside absorbed guidance: a fourth adapter learns the teacher's images in step with the fake score and says
             how the images of a prompt differ, which guidance with weights does not know. For long runs, and teachers
-            of many prompts and strong guidance; takes up to half more time, and a third of the adapters' memory (ours).
+            of many prompts and strong guidance; takes up to half more time, and nearly half more memory for adapters.
         teacher_cache_dir (`str`, *optional*):
             Folder that keeps the teacher's images, the target, and the latents that evaluation draws of teacher and
             base, so that later runs of the same teacher and prompts need not make them again; by default `rdm_trl` in
