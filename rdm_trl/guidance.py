@@ -212,13 +212,13 @@ def absorb_for(trainer, resumed_from: str | None):
         older = trainer.target is not None and trainer.target.ndim == 2
     if trainer.target_key != key:
         absorb_guidance(trainer, images, key)
-    if trainer.learned_target is not None:
-        trainer.learned_target.begin(images()[0], images.prompts)
     if older and len(trainer.target) > 1 and not trainer.args.resume_with_changes:
         raise ValueError(
             f"The checkpoint {resumed_from} is of before targets looked ahead, as this teacher's does now. Go on from "
             "it with the new one by `resume_with_changes`."
         )
+    if trainer.learned_target is not None:
+        trainer.learned_target.begin(images()[0], images.prompts)
     trainer.target_key = key
 
 

@@ -82,11 +82,22 @@ def test_without_it_checkpoints_are_those_of_before(tmp_path):
 
 @pytest.mark.parametrize("name", ["sd3", "flux_dev", "dit", "wan"])
 def test_families(name, tmp_path):
+    """A group's mean is the fitted target's, and how its images differ is the adapter's."""
     case = CASES[name]
     options = dict(num_teacher_images=2, teacher_guidance_scale=3.0, teacher_cache_dir=str(tmp_path / "cache"))
     trainer = make_family_trainer(case, tmp_path, make(case), (), learn_target=True, **options, **case.size)
     trainer.train()
     assert b_of(trainer, "target").abs().sum() > 0
+    group = trainer.args.num_generations
+    x_t, condition = torch.randn(group, *trainer.family.latent_shape), trainer.encode([case.prompts[0]] * group)
+    timesteps = trainer.student_timesteps[1].expand(group)
+    with torch.no_grad():
+        fitted = guidance.predict_target(trainer, x_t, timesteps, condition)
+        learned = trainer.predict_x0(trainer.model, "target", x_t, timesteps, condition)
+        found = trainer.predict_teacher(x_t, timesteps, condition)
+    torch.testing.assert_close(found.mean(0), fitted.mean(0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[0] - found[1], learned[0] - learned[1], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, fitted, atol=1e-3)
 
 
 @pytest.mark.parametrize(
