@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers.utils import logging
 
-from .method import policy, target
+from .method import matching, policy, target
 from .models.roles import TEACHER
 from .prompts import PicturePrompt, fingerprint, prompt_key, split_rows, write_tensors
 from .saving import checkpoint
@@ -310,7 +310,7 @@ def predict_target(trainer, x_t, timesteps, condition) -> torch.Tensor:
     shift = target.predict(conditional, ahead - conditional, fractions, weights[1]) - found[rows]
     shift = shift * target.share_ahead(fractions).view(-1, *(1,) * (shift.ndim - 1))
     size = args.num_generations if args.dm_timestep_sampling == "shared" else 1
-    found[rows] += shift.unflatten(0, (-1, size)).mean(1).repeat_interleave(size, 0)
+    found[rows] += matching.group_mean(shift, size)
     return found
 
 

@@ -61,5 +61,4 @@ class LearnedTarget:
         """The fitted target's prediction `found` (B, ...), what differs within a group in place of its own."""
         trainer = self.trainer
         learned = trainer.predict_x0(trainer.model, ROLE, x_t, timesteps, condition)
-        difference = (learned - found).unflatten(0, (-1, trainer.args.num_generations))
-        return found + (difference - difference.mean(1, keepdim=True)).flatten(0, 1)
+        return learned + matching.group_mean(found - learned, trainer.args.num_generations)

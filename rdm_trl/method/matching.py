@@ -111,6 +111,11 @@ def probe(
     )
 
 
+def group_mean(values: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """The mean over each group of `num_generations` neighbours among `values` (B, ...), for each of them (B, ...)."""
+    return values.unflatten(0, (-1, num_generations)).mean(1).repeat_interleave(num_generations, 0)
+
+
 def reward_estimate(teacher, fake, x0, timesteps: torch.Tensor, process: NoiseProcess) -> torch.Tensor:
     r"""
     Scalar R_dm (B,) per element: how much worse the fake score predicts the noise than the teacher does,
@@ -179,7 +184,7 @@ def normalize(
     elif level != "element":
         raise ValueError(f"Unknown level {level!r}: image or element.")
     if normalization == "group":
-        scale = scale.unflatten(0, (-1, num_generations)).mean(1).repeat_interleave(num_generations, 0)
+        scale = group_mean(scale, num_generations)
     elif normalization == "batch":
         scale = scale.mean(0, keepdim=True)
     elif normalization != "sample":
