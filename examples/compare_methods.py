@@ -347,8 +347,10 @@ def label(kind: str, kinds: list[str]) -> str:
 
 
 def plot_curves(results: dict, methods: list[str], seeds: list[int], path: Path):
-    panels = [("step", "fid"), ("step", "fid_teacher"), ("rollouts", "fid_teacher")]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4))
+    first = results[f"{methods[0]}-{seeds[0]}"]
+    known = [name for name in FIGURES if name in first["curve"][0]]
+    panels = [*(("step", name) for name in known), ("rollouts", "fid_teacher")]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4))
     for axis, (cost, name) in zip(axes, panels, strict=True):
         for i, method in enumerate(methods):
             curves = [results[f"{method}-{seed}"]["curve"] for seed in seeds]
@@ -356,10 +358,11 @@ def plot_curves(results: dict, methods: list[str], seeds: list[int], path: Path)
             values = np.array([[point[name] for point in curve] for curve in curves])
             axis.plot(x, values.T, color=f"C{i}", alpha=0.25, linewidth=1)
             axis.plot(x, values.mean(0), color=f"C{i}", linewidth=2, label=label(method, methods))
-        if name == "fid":
-            teacher = results[f"{methods[0]}-{seeds[0]}"]["teacher"]["fid"]
-            axis.axhline(teacher, color="gray", linestyle="--", label="teacher, 25 guided steps")
-        axis.set(xlabel="updates" if cost == "step" else "images drawn in training", ylabel=name, yscale="log")
+        for who, text, style in (("teacher", "teacher", "--"), ("again", "teacher, other noise", ":")):
+            if name in first.get(who, {}):
+                axis.axhline(first[who][name], color="gray", linestyle=style, label=text)
+        axis.set(xlabel="updates" if cost == "step" else "images drawn in training", ylabel=name)
+        axis.set(yscale="log" if name.startswith("fid") else "linear")
         axis.legend(fontsize=7)
     figure.suptitle(f"{len(seeds)} paired seeds: mean and each seed")
     figure.tight_layout()
