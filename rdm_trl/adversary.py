@@ -75,10 +75,10 @@ class Adversary:
         return condition if self.images.captions is not None else self.trainer.encode([""] * number)
 
     def update(self, batches: list[tuple]) -> dict[str, torch.Tensor]:
-        """One update of the head on the student's images `(x0, condition, seen)`; returns what is logged."""
+        """One update of the head on the student's `(x0, condition, seen, prompts)`; returns what is logged."""
         process, odds = self.trainer.process, []
 
-        def loss(x0, condition, seen):
+        def loss(x0, condition, seen, _):
             number, device = len(x0), x0.device
             real, captions = self.images.draw(number)
             real, noise = real.to(device), torch.randn(2 * number, *x0.shape[1:], device=device)

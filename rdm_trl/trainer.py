@@ -39,7 +39,7 @@ from .rewards.panel import RewardPanel, distribution_matching_push
 from .saving import checkpoint
 from .saving.hub import run_settings, save_checkpoint, write_card, write_metrics
 from .saving.upload import prepare_push, push, push_checkpoint
-from .scores import LearnedTarget, denoising_loss_of
+from .scores import LearnedTarget, add_noise_to, denoising_loss_of
 
 
 class RdmDistillTrainer(Trainer):
@@ -396,17 +396,19 @@ class RdmDistillTrainer(Trainer):
         if self.rewards.black_boxes:
             loss = loss + transition_loss(self, x0, experience, feedback.advantage)
         # What this forward pass shows of the student is what its fake score has to know next.
-        self._fake_batches.append((x0.detach(), experience.condition, experience.seen))
+        self._fake_batches.append((x0.detach(), experience.condition, experience.seen, experience.prompts))
         self._record({"loss/student": loss})
         return (loss, x0) if return_outputs else loss
 
     def update_fake(self):
         """`fake_updates` denoising updates of the fake score on the student's latest images."""
         for _ in range(self.args.fake_updates):
-            loss = self.fake_score.update(denoising_loss_of(self, "fake"), self._fake_batches)
-            self._record({"loss/fake": loss})
-            for other in filter(None, (self.adversary, self.learned_target)):
-                self._record(other.update(self._fake_batches))
+            noisy = add_noise_to(self, self._fake_batches)
+            self._record({"loss/fake": self.fake_score.update(denoising_loss_of(self, "fake"), noisy)})
+            if self.adversary is not None:
+                self._record(self.adversary.update(self._fake_batches))
+            if self.learned_target is not None:
+                self._record(self.learned_target.update(self._fake_batches, noisy))
         self._fake_batches.clear()
         self._record({"fake_learning_rate": self.fake_score.scheduler.get_last_lr()[0]})
 

@@ -11,26 +11,26 @@ from tiny_pipelines import CASES, make, make_family_trainer
 from rdm_trl import guidance, scores
 
 
-def test_at_the_teacher_nothing_is_left_within_a_prompt(tmp_path, monkeypatch):
+def test_at_the_teacher_nothing_is_left_within_a_prompt(tmp_path):
     """
-    Shown the same images, at the same noise, learned target and fake score stay one network, however much of it they
-    have learned: R_dm's direction is then the same for all images of a prompt, and it is not without.
+    Shown the same images learned target and fake score stay one network, however much of it they have learned: R_dm's
+    direction is then the same for all images of a prompt, and it is not without.
     """
     trainer = absorbing(tmp_path, learn_target=True, fake_learning_rate=1e-2, max_steps=1)
     trainer.absorb_guidance()
     trainer.create_optimizer()
-    trainer.model.load_adapter("target", trainer.model.adapter_state("fake"))
     learned = trainer.learned_target
     assert learned.latents.shape == (6, *trainer.family.latent_shape) and len(learned.prompts) == 6
-    rows = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1])
-    monkeypatch.setattr(scores.torch, "randint", lambda *args: rows)
-    seen = torch.full((8,), 0.25)
-    batch = learned.latents[rows], trainer.encode([learned.prompts[i] for i in rows.tolist()]), seen
     for step in range(5):
+        prompts = [learned.prompts[i] for i in (0, 1, 2, 3, 4, 5, 0, 1)]
         torch.manual_seed(step)
-        trainer.fake_score.update(scores.denoising_loss_of(trainer, "fake"), [batch])
+        rows = learned.choose(prompts)  # which images a student at its teacher would have drawn
+        batch = learned.latents[rows], trainer.encode(prompts), torch.full((8,), 0.25), prompts
+        noisy = scores.add_noise_to(trainer, [batch])
+        trainer.fake_score.update(scores.denoising_loss_of(trainer, "fake"), noisy)
         torch.manual_seed(step)
-        learned.update([(torch.zeros(8, *trainer.family.latent_shape), None, seen)])
+        elsewhere = [(torch.zeros_like(x0), *rest) for x0, *rest in noisy]
+        learned.update([batch], elsewhere)
     check = trainer.model.adapter_state
     for key, value in check("fake").items():
         torch.testing.assert_close(check("target")[key], value, atol=1e-6, rtol=1e-5)
@@ -45,6 +45,18 @@ def test_at_the_teacher_nothing_is_left_within_a_prompt(tmp_path, monkeypatch):
     without = without.view(2, 4, -1)
     torch.testing.assert_close(direction, without.mean(1, keepdim=True).expand_as(without), atol=1e-4, rtol=1e-4)
     assert without.std(1).mean() > 100 * direction.std(1).mean()
+
+
+def test_it_learns_images_of_the_prompts_that_the_fake_score_learns(tmp_path):
+    trainer = absorbing(tmp_path, learn_target=True)
+    trainer.absorb_guidance()
+    learned = trainer.learned_target
+    chosen = [learned.choose([*learned.prompts, "of which there is none"]) for _ in range(40)]
+    assert all([learned.prompts[row] for row in rows[:-1]] == learned.prompts for rows in chosen)
+    assert {rows[-1] for rows in chosen} == set(range(6))
+    # And of several images of a prompt each.
+    same = {i for i, prompt in enumerate(learned.prompts) if prompt == learned.prompts[0]}
+    assert len(same) > 1 and {rows[0] for rows in chosen} == same
 
 
 def test_a_run_goes_on_exactly(tmp_path):

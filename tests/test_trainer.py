@@ -210,7 +210,7 @@ def test_an_exit_steps_images_are_matched_only_where_the_next_step_sees_them(tmp
         levels.append(timesteps)
         return denoise(denoiser, x_t, timesteps, condition)
 
-    trainer._fake_batches.append((torch.zeros(8, 4, 4, 4), trainer.encode(["a"] * 8), seen.repeat(2)))
+    trainer._fake_batches.append((torch.zeros(8, 4, 4, 4), trainer.encode(["a"] * 8), seen.repeat(2), ["a"] * 8))
     trainer.family.denoise = spy
     trainer.args.fake_updates = 20
     trainer.create_optimizer()

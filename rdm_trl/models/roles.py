@@ -161,6 +161,8 @@ class Roles(NetworkRoles):
                 parameter.requires_grad_(name in ("student", "fake", "target"))
         with torch.no_grad():
             torch._foreach_copy_(self.adapter_parameters("ema"), self.adapter_parameters("student"))
+            if learn_target:  # bit for bit, so that the two learn alike
+                torch._foreach_copy_(self.adapter_parameters("target"), self.adapter_parameters("fake"))
         # DDP wraps this module for the student alone: the fake score is trained outside its forward pass.
         ignored = [f".{name}." for name in self.adapters if name != "student"]
         self._ddp_params_and_buffers_to_ignore = [
