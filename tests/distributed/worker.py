@@ -21,6 +21,7 @@ from conftest import make_trainer, redness  # noqa: E402
 
 from rdm_trl.guidance import GuidedImages  # noqa: E402
 from rdm_trl.method import target  # noqa: E402
+from rdm_trl.scores import add_noise_to  # noqa: E402
 
 
 def brightness(images, prompts, metadata):
@@ -55,13 +56,20 @@ def draw_by_batch(trainer):
 
         return seeded_update
 
+    def add_seeded_noise(trainer, batches):
+        noisy = []
+        for batch in batches:
+            seed(10_000, counts["fakes"])
+            counts["fakes"] += 1
+            noisy += add_noise_to(trainer, [batch])
+        return noisy
+
     def update_fake():
-        scores = [score for score in (trainer.fake_score, trainer.adversary and trainer.adversary.score) if score]
-        for score in scores:
-            score.update = with_seeds(score.update)
-        update()
-        for score in scores:
-            del score.update
+        score = trainer.adversary.score
+        score.update = with_seeds(score.update)
+        with patch("rdm_trl.trainer.add_noise_to", add_seeded_noise):
+            update()
+        del score.update
 
     trainer._prepare_inputs, trainer.update_fake = prepare_inputs, update_fake
     assert accumulation * args.world_size == 2
