@@ -61,7 +61,7 @@ class LearnedTarget:
 
     def choose(self, prompts: list[str]) -> list[int]:
         """An image of each prompt, or of any where the teacher drew none of it."""
-        found = [self.rows[prompt] if prompt in self.rows else range(len(self.prompts)) for prompt in prompts]
+        found = [self.rows.get(prompt, range(len(self.prompts))) for prompt in prompts]
         return [rows[int(torch.randint(len(rows), ()))] for rows in found]
 
     def update(self, batches: list[tuple], noisy: list[tuple]) -> dict[str, torch.Tensor]:

@@ -1,12 +1,15 @@
 # Copyright 2026 The rdm_trl team. Licensed under the Apache License, Version 2.0.
 """What learns beside the student by denoising: the learned target against the fake score, and runs with it."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import PROMPTS, redness
 from safetensors.torch import load_file
 from test_guidance import absorbing, check_equal
 from tiny_pipelines import CASES, make, make_family_trainer
+from transformers import TrainerCallback
 
 from rdm_trl import guidance, scores
 
@@ -57,6 +60,32 @@ def test_it_learns_images_of_the_prompts_that_the_fake_score_learns(tmp_path):
     # And of several images of a prompt each.
     same = {i for i, prompt in enumerate(learned.prompts) if prompt == learned.prompts[0]}
     assert len(same) > 1 and {rows[0] for rows in chosen} == same
+
+
+def test_both_learn_the_same_prompts_levels_and_noise(tmp_path):
+    """In a run, update for update; of images that are not the same."""
+    trainer = absorbing(tmp_path, learn_target=True, fake_updates=2, gradient_accumulation_steps=2, max_steps=2)
+    found = {"fake": [], "target": []}
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            for role, score in (("fake", trainer.fake_score), ("target", trainer.learned_target.score)):
+                score.update = partial(watched, found[role], score.update)
+
+    def watched(seen, update, loss, batches):
+        seen.extend(batches)
+        return update(loss, batches)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert len(found["fake"]) == len(found["target"]) == 2 * 2 * 2
+    drawn = {image.numpy().tobytes() for image in trainer.learned_target.latents}
+    for (x0, condition, *rest), (own, own_condition, *own_rest) in zip(*found.values(), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(rest, own_rest, strict=True)) and len(rest) == 2
+        assert all(torch.equal(condition[key], own_condition[key]) for key in condition)
+        assert all(image.numpy().tobytes() in drawn for image in own) and not torch.equal(x0, own)
+    # Each update has draws of its own.
+    assert len({noise.numpy().tobytes() for *_, noise in found["fake"]}) == 2 * 2 * 2
 
 
 def test_a_run_goes_on_exactly(tmp_path):
