@@ -348,7 +348,8 @@ def label(kind: str, kinds: list[str]) -> str:
 
 def plot_curves(results: dict, methods: list[str], seeds: list[int], path: Path):
     first = results[f"{methods[0]}-{seeds[0]}"]
-    known = [name for name in FIGURES if name in first["curve"][0]]
+    # Of one image a prompt there is no diversity.
+    known = [name for name in FIGURES if np.isfinite(first["curve"][0].get(name, np.nan))]
     panels = [*(("step", name) for name in known), ("rollouts", "fid_teacher")]
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4))
     for axis, (cost, name) in zip(axes, panels, strict=True):
