@@ -218,11 +218,9 @@ class RdmDistillTrainer(Trainer):
 
     @torch.no_grad()
     def predict_teacher(self, x_t, timesteps, condition) -> torch.Tensor:
-        """R_dm's teacher: the target, or the teacher with guidance as its pipeline computes it."""
+        """R_dm's teacher: the fitted target, or the teacher with guidance as its pipeline computes it."""
         if self.absorbs_guidance:
-            found = guidance.predict_target(self, x_t, timesteps, condition)
-            learned = self.learned_target
-            return found if learned is None else learned.predict(found, x_t, timesteps, condition)
+            return guidance.predict_target(self, x_t, timesteps, condition)
         negative, scale = self.encode_negative([self.args.negative_prompts]), self.args.sample_guidance_scale
         output = self.family.guide(self.denoise_as_teacher, x_t, timesteps, condition, negative, scale)
         return self.process.to_x0(output, x_t, timesteps)
@@ -350,10 +348,16 @@ class RdmDistillTrainer(Trainer):
 
     def _feedback(self, experience: Experience, x0: torch.Tensor, weight: torch.Tensor | float) -> Feedback:
         """What `experience` says to the student that predicts `x0` (B, ...) now, against the fake score of now."""
-        args, timesteps, rollout = self.args, experience.timesteps, experience.rollout
+        args, timesteps, rollout, learned = self.args, experience.timesteps, experience.rollout, self.learned_target
+
+        def predict_teacher(x_t, t):  # what it learns beside the fake score is of now, as the fake score is
+            if learned is None:
+                return experience.teacher
+            return learned.predict(experience.teacher, x_t, t, experience.condition)
+
         with torch.no_grad(), self.accelerator.autocast():
             probe = matching.probe(
-                lambda x_t, t: experience.teacher,
+                predict_teacher,
                 lambda x_t, t: self.predict_x0(self.model, "fake", x_t, t, experience.condition),
                 self.process,
                 rollout.x0,

@@ -44,8 +44,8 @@ def test_at_the_teacher_nothing_is_left_within_a_prompt(tmp_path):
     with torch.no_grad():
         fake = trainer.predict_x0(trainer.model, "fake", x_t, timesteps, condition)
         fitted = guidance.predict_target(trainer, x_t, timesteps, condition)
-        direction, without = (trainer.predict_teacher(x_t, timesteps, condition) - fake).view(2, 4, -1), fitted - fake
-    without = without.view(2, 4, -1)
+        found = learned.predict(fitted, x_t, timesteps, condition)
+    direction, without = ((prediction - fake).view(2, 4, -1) for prediction in (found, fitted))
     torch.testing.assert_close(direction, without.mean(1, keepdim=True).expand_as(without), atol=1e-4, rtol=1e-4)
     assert without.std(1).mean() > 100 * direction.std(1).mean()
 
@@ -86,6 +86,23 @@ def test_both_learn_the_same_prompts_levels_and_noise(tmp_path):
         assert all(image.numpy().tobytes() in drawn for image in own) and not torch.equal(x0, own)
     # Each update has draws of its own.
     assert len({noise.numpy().tobytes() for *_, noise in found["fake"]}) == 2 * 2 * 2
+
+
+def test_a_used_rollout_meets_the_target_of_now(tmp_path):
+    """It is judged against the fake score of now: what the two have unlearned has to be of as many updates."""
+    trainer = absorbing(tmp_path, learn_target=True, num_iterations=2, target_kl=None, max_steps=4)
+    seen, predict = [], trainer.learned_target.predict
+
+    def watched(found, x_t, *rest):
+        seen.append((found, x_t, predict(found, x_t, *rest)))
+        return seen[-1][-1]
+
+    trainer.learned_target.predict = watched
+    trainer.train()
+    assert len(seen) == 4
+    for (found, x_t, first), (kept, again, second) in (seen[:2], seen[2:]):
+        assert torch.equal(found, kept) and torch.equal(x_t, again) and not torch.equal(first, second)
+    assert not torch.equal(seen[0][1], seen[2][1])
 
 
 def test_a_run_goes_on_exactly(tmp_path):
@@ -135,7 +152,7 @@ def test_families(name, tmp_path):
     with torch.no_grad():
         fitted = guidance.predict_target(trainer, x_t, timesteps, condition)
         learned = trainer.predict_x0(trainer.model, "target", x_t, timesteps, condition)
-        found = trainer.predict_teacher(x_t, timesteps, condition)
+        found = trainer.learned_target.predict(fitted, x_t, timesteps, condition)
     torch.testing.assert_close(found.mean(0), fitted.mean(0), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found[0] - found[1], learned[0] - learned[1], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found, fitted, atol=1e-3)
