@@ -144,6 +144,8 @@ def test_offloaded_encoders_do_not_count(load):
     found, settings, fits = plan.choose(load, enough / plan.GIB)
     assert fits and settings["offload_encoders"] and settings["per_device_train_batch_size"] == 4
     assert found.total == replace(memory, encoders=0).total
+    # What was counted is in the settings.
+    assert "learn_target" not in settings and plan.choose(load, 80, learn_target=True)[1]["learn_target"]
 
 
 def test_the_base_in_shards_and_in_fewer_bits():
