@@ -12,6 +12,7 @@ from tiny_pipelines import CASES, make, make_family_trainer
 from transformers import TrainerCallback
 
 from rdm_trl import guidance, scores
+from rdm_trl.method import matching
 
 
 def test_at_the_teacher_nothing_is_left_within_a_prompt(tmp_path):
@@ -88,18 +89,26 @@ def test_both_learn_the_same_prompts_levels_and_noise(tmp_path):
     assert len({noise.numpy().tobytes() for *_, noise in found["fake"]}) == 2 * 2 * 2
 
 
-def test_a_used_rollout_meets_the_target_of_now(tmp_path):
+def test_a_used_rollout_meets_the_target_of_now(tmp_path, monkeypatch):
     """It is judged against the fake score of now: what the two have unlearned has to be of as many updates."""
     trainer = absorbing(tmp_path, learn_target=True, num_iterations=2, target_kl=None, max_steps=4)
-    seen, predict = [], trainer.learned_target.predict
+    seen, predict, judged, probe = [], trainer.learned_target.predict, [], matching.probe
+
+    def watched_probe(*args):
+        judged.append((args[3], probe(*args)))
+        return judged[-1][-1]
 
     def watched(found, x_t, *rest):
         seen.append((found, x_t, predict(found, x_t, *rest)))
         return seen[-1][-1]
 
     trainer.learned_target.predict = watched
+    monkeypatch.setattr(matching, "probe", watched_probe)
     trainer.train()
-    assert len(seen) == 4
+    assert len(seen) == len(judged) == 4
+    # It is what the student's images are held against.
+    for (*_, predicted), (x0, found) in zip(seen, judged, strict=True):
+        assert torch.equal(found.distance, (x0 - predicted).abs())
     for (found, x_t, first), (kept, again, second) in (seen[:2], seen[2:]):
         assert torch.equal(found, kept) and torch.equal(x_t, again) and not torch.equal(first, second)
     assert not torch.equal(seen[0][1], seen[2][1])
