@@ -37,19 +37,18 @@ def draw_by_batch(trainer):
     accumulation = args.gradient_accumulation_steps
     prepare, update = trainer._prepare_inputs, trainer.update_fake
 
-    def seed(first: int, count: int):
-        torch.manual_seed(first + count * args.world_size + args.process_index)
+    def seed(first: int, name: str):
+        torch.manual_seed(first + counts[name] * args.world_size + args.process_index)
+        counts[name] += 1
 
     def prepare_inputs(rows):
-        seed(1_000, counts["batches"])
-        counts["batches"] += 1
+        seed(1_000, "batches")
         return prepare(rows)
 
     def with_seeds(fake_update):
         def seeded_update(loss_fn, batches):
             def seeded_loss(*batch):
-                seed(10_000, counts["fakes"])
-                counts["fakes"] += 1
+                seed(10_000, "fakes")
                 return loss_fn(*batch)
 
             return fake_update(seeded_loss, batches)
@@ -59,8 +58,7 @@ def draw_by_batch(trainer):
     def add_seeded_noise(trainer, batches):
         noisy = []
         for batch in batches:
-            seed(10_000, counts["fakes"])
-            counts["fakes"] += 1
+            seed(10_000, "fakes")
             noisy += add_noise_to(trainer, [batch])
         return noisy
 
