@@ -10,6 +10,8 @@ Estimates, not run on a GPU.
 python examples/memory_table.py
 """
 
+import argparse
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -220,9 +222,9 @@ def billions(*modules: torch.nn.Module) -> float:
     return sum(tensor.numel() for tensor in tensors_of(*modules)) / 1e9
 
 
-def cell(make, card: int, num_gpus: int = 1) -> str:
+def cell(make, card: int, num_gpus: int = 1, **options) -> str:
     """The need in GiB and the first settings that fit."""
-    memory, settings, fits = choose(lambda: without_weights(make), card, num_gpus)
+    memory, settings, fits = choose(lambda: without_weights(make), card, num_gpus, **options)
     names = {"activation_checkpointing": "checkpointing", "offload_encoders": "offload"}
     chosen = [str(settings["per_device_train_batch_size"]), *(v for k, v in names.items() if settings[k])]
     chosen += [memory.base] * (memory.base != "whole")
@@ -231,17 +233,20 @@ def cell(make, card: int, num_gpus: int = 1) -> str:
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--learn_target", action="store_true", help="with the adapter that `learn_target` asks for")
+    options = vars(parser.parse_args())
     logging.set_verbosity_error()
     cards = " | ".join(f"{card} GiB" for card in CARDS)
     lines = [f"| model | denoiser | encoders | {cards} |", "|---" * (3 + len(CARDS)) + "|"]
     for name, make in tqdm(MODELS.items(), desc="models"):
         family = family_of(without_weights(make))
         cells = [name, f"{billions(family.denoiser):.2f} B", f"{billions(*family.encoders()):.2f} B"]
-        lines.append("| " + " | ".join(cells + [cell(make, card) for card in CARDS]) + " |")
+        lines.append("| " + " | ".join(cells + [cell(make, card, **options) for card in CARDS]) + " |")
     lines += ["", f"| model | GPUs | {cards} |", "|---" * (2 + len(CARDS)) + "|"]
     for name in tqdm(LARGE, desc="on several GPUs"):
         for num_gpus in NUM_GPUS:
-            cells = [name, str(num_gpus), *(cell(MODELS[name], card, num_gpus) for card in CARDS)]
+            cells = [name, str(num_gpus), *(cell(MODELS[name], card, num_gpus, **options) for card in CARDS)]
             lines.append("| " + " | ".join(cells) + " |")
     print("\n".join(lines))
 
