@@ -342,7 +342,7 @@ def choose(
     }
     if memory.base in ("8 bits", "4 bits"):
         settings[f"load_in_{memory.base[0]}bit"] = True
-    if options.get("learn_target", False):
+    if options.get("learn_target"):
         settings["learn_target"] = True
     return memory, settings, found is not None
 

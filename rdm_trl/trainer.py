@@ -350,7 +350,7 @@ class RdmDistillTrainer(Trainer):
         """What `experience` says to the student that predicts `x0` (B, ...) now, against the fake score of now."""
         args, timesteps, rollout, learned = self.args, experience.timesteps, experience.rollout, self.learned_target
 
-        def predict_teacher(x_t, t):  # what it learns beside the fake score is of now, as the fake score is
+        def predict_teacher(x_t, t):  # a learned target is of now, as the fake score is
             if learned is None:
                 return experience.teacher
             return learned.predict(experience.teacher, x_t, t, experience.condition)

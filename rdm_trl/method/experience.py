@@ -23,7 +23,8 @@ class Experience:
         seen (B,): smallest noise level that matters for the images, see `policy.seen_noise`.
         timesteps (B,), noise (B, ...): of the action at which R_dm is probed: `rollout.x0`, the prediction of the
             policy that acted, noised again.
-        teacher (B, ...): the teacher's denoised prediction there, with guidance.
+        teacher (B, ...): the teacher's denoised prediction there, with guidance; without what a learned target says,
+            which is of each update.
         pushes (`list`, *optional*): the rewards', as `Mixer` takes them; `None` before the rewards join.
     """
 
