@@ -418,6 +418,12 @@ def compare(args, teacher: str | None, changes: dict, output_dir: Path):
         "budget": args.budget,
         "teacher": teacher,
     }
+    warming = [m for m in args.methods if plain(m) != m and {**options, **options_of(m)}.get("reward_warmup")]
+    if warming and args.budget == "seconds":
+        raise SystemExit(
+            f"An update of {warming[0]!r} takes less time before `reward_warmup` than behind it, and --budget seconds "
+            "measures one of either: leave one of them out, or set `max_steps` yourself."
+        )
     path = output_dir / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         raise SystemExit(f"{path} belongs to runs with other settings: give another --output_dir.")

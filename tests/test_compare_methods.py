@@ -71,6 +71,11 @@ def test_seconds_of_updates_are_measured_once(tmp_path, tiny_teacher, monkeypatc
     assert steps == [4, max(1, round(4 * costs["gndm"] / costs["gndm,fake_updates=12"]))]
     monkeypatch.setattr(script, "seconds_of_update", None)
     script.main()
+    # An update of a warm-up has no rewards to ask, and is not as long as one behind it.
+    rewarded = ["--methods", "gndmr+jpeg_compressibility@1", "--output_dir", str(tmp_path / "other")]
+    monkeypatch.setattr("sys.argv", [*command, *rewarded, "--set", "max_steps=4", "reward_warmup=2"])
+    with pytest.raises(SystemExit, match="before `reward_warmup`"):
+        script.main()
 
 
 def test_runs_side_by_side_end_where_one_alone_does(tmp_path, tiny_teacher, monkeypatch):
