@@ -64,11 +64,11 @@ class LearnedTarget:
         found = [self.rows.get(prompt, range(len(self.prompts))) for prompt in prompts]
         return [rows[int(torch.randint(len(rows), ()))] for rows in found]
 
-    def update(self, batches: list[tuple], noisy: list[tuple]) -> dict[str, torch.Tensor]:
-        """One update on images of the teacher, as the fake score's was on the student's (see `add_noise_to`)."""
+    def update(self, prompts: list[list[str]], noisy: list[tuple]) -> dict[str, torch.Tensor]:
+        """One update on images of the teacher of the fake score's `prompts`, as its own was on `noisy` ones."""
         own = []
-        for (*_, prompts), (x0, _, timesteps, noise) in zip(batches, noisy, strict=True):
-            rows = self.choose(prompts)
+        for chosen, (x0, _, timesteps, noise) in zip(prompts, noisy, strict=True):
+            rows = self.choose(chosen)
             condition = self.trainer.encode([self.prompts[row] for row in rows])
             own.append((self.latents[rows].to(x0), condition, timesteps, noise))
         return {"loss/target": self.score.update(denoising_loss_of(self.trainer, ROLE), own)}

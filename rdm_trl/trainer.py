@@ -412,7 +412,7 @@ class RdmDistillTrainer(Trainer):
             if self.adversary is not None:
                 self._record(self.adversary.update(self._fake_batches))
             if self.learned_target is not None:
-                self._record(self.learned_target.update(self._fake_batches, noisy))
+                self._record(self.learned_target.update([prompts for *_, prompts in self._fake_batches], noisy))
         self._fake_batches.clear()
         self._record({"fake_learning_rate": self.fake_score.scheduler.get_last_lr()[0]})
 

@@ -34,7 +34,7 @@ def test_at_the_teacher_nothing_is_left_within_a_prompt(tmp_path):
         trainer.fake_score.update(scores.denoising_loss_of(trainer, "fake"), noisy)
         torch.manual_seed(step)
         elsewhere = [(torch.zeros_like(x0), *rest) for x0, *rest in noisy]
-        learned.update([batch], elsewhere)
+        learned.update([prompts], elsewhere)
     check = trainer.model.adapter_state
     for key, value in check("fake").items():
         torch.testing.assert_close(check("target")[key], value, atol=1e-6, rtol=1e-5)
