@@ -7,7 +7,8 @@ Compares methods on the embedded teacher, or others, over paired seeds: the same
 at equal updates, images drawn, teacher evaluations or seconds (`--budget`). Other teachers have the same prompts or
 classes, or prompts and a judge of their own in their folder (train_emoji_teacher.py, train_moving_teacher.py). Every
 run is kept in a file (a second call goes on where the first stopped); all end in `results.json`, a table with means,
-spreads and bootstrap intervals of the paired differences, and pictures, in a folder for each teacher.
+spreads and bootstrap intervals of the paired differences, and pictures, in a folder for each teacher, and
+`pairs.png` of all.
 
 A method may change options of its own, `gndm,num_iterations=4`, and names its rewards with their weights:
 `gndmr+classifier@0.3`, `constrained,target_dm=0.002+classifier@1`. Runs with rewards start from the checkpoint that
@@ -398,16 +399,41 @@ def plot_trade_offs(results: dict, methods: list[str], seeds: list[int], path: P
     figure.savefig(path, dpi=120)
 
 
+def plot_pairs(teachers: dict[str, dict], methods: list[str], seeds: list[int], path: Path):
+    """Distance to the teacher at the end of training: a panel for each teacher, a line for each seed."""
+    figure, axes = plt.subplots(1, len(teachers), figsize=(3.5 * len(teachers), 4), squeeze=False)
+    for axis, (name, results) in zip(axes[0], teachers.items(), strict=True):
+        values = np.array([last(results, method, seeds, "fid_teacher") for method in methods])
+        axis.plot(values, ".-", color="C0", alpha=0.4, linewidth=1)
+        axis.plot(values.mean(1), "_", color="C0", markersize=40, markeredgewidth=3)
+        floor = results[f"{methods[0]}-{seeds[0]}"].get("again")  # runs of older versions know of no other noise
+        if floor:
+            axis.axhline(floor["fid_teacher"], color="gray", linestyle=":", label="teacher, other noise")
+        axis.set(title=name, ylabel="fid_teacher", xlim=(-0.5, len(methods) - 0.5))
+        axis.set_xticks(range(len(methods)), [label(method, methods) for method in methods])
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    figure.suptitle(f"{len(seeds)} paired seeds, and their means")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def main():
     args = parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+    teachers = {}
     for teacher in args.teachers:
-        name, *changes = teacher.split(",")
-        compare(args, None if name == "embedded" else name, parse_options(changes), args.output_dir / Path(name).name)
+        path, *changes = teacher.split(",")
+        name = Path(path).name
+        known = None if path == "embedded" else path
+        teachers[name] = compare(args, known, parse_options(changes), args.output_dir / name)
+    methods = list(dict.fromkeys(map(plain, args.methods)))
+    if len(methods) > 1:
+        plot_pairs(teachers, methods, args.seeds, args.output_dir / "pairs.png")
 
 
-def compare(args, teacher: str | None, changes: dict, output_dir: Path):
-    """All methods and seeds on one teacher, with its own changes of the options."""
+def compare(args, teacher: str | None, changes: dict, output_dir: Path) -> dict:
+    """Results of all methods and seeds on one teacher, with its own changes of the options."""
     runs = output_dir / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     options = {**yaml.safe_load(args.config.read_text()), **parse_options(args.set), **changes}
@@ -481,6 +507,7 @@ def compare(args, teacher: str | None, changes: dict, output_dir: Path):
     (output_dir / "table.md").write_text(f"{text}\n\n{note}\n")
     plot_curves(results, [m for m in methods if plain(m) == m], args.seeds, output_dir / "curves.png")
     print(f"\n{text}\n\n{note}\n{output_dir}")
+    return results
 
 
 if __name__ == "__main__":

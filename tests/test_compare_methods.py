@@ -54,6 +54,7 @@ def test_methods_get_equal_budgets(tmp_path, monkeypatch, budget, changes, updat
     assert one["reward/jpeg_compressibility"] < 0 and one["weights"] == [1.0]
     monkeypatch.setattr(script, "run", None)
     script.main()
+    assert (tmp_path / "pairs.png").exists()
     assert f"gndm,{changes} − gndm" in (tmp_path / "embedded" / "table.md").read_text()
 
 
