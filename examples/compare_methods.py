@@ -409,10 +409,10 @@ def plot_pairs(teachers: dict[str, dict], methods: list[str], seeds: list[int], 
         floor = results[f"{methods[0]}-{seeds[0]}"].get("again")  # runs of older versions know of no other noise
         if floor:
             axis.axhline(floor["fid_teacher"], color="gray", linestyle=":", label="teacher, other noise")
+            axis.legend()
         axis.set(title=name, ylabel="fid_teacher", xlim=(-0.5, len(methods) - 0.5))
         axis.set_xticks(range(len(methods)), [label(method, methods) for method in methods])
         axis.set_ylim(bottom=0)
-        axis.legend()
     figure.suptitle(f"{len(seeds)} paired seeds, and their means")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
