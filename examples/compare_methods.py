@@ -369,6 +369,7 @@ def plot_curves(results: dict, methods: list[str], seeds: list[int], path: Path)
     figure.suptitle(f"{len(seeds)} paired seeds: mean and each seed")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def plot_trade_offs(results: dict, methods: list[str], seeds: list[int], path: Path):
@@ -397,6 +398,7 @@ def plot_trade_offs(results: dict, methods: list[str], seeds: list[int], path: P
     figure.suptitle(f"{len(seeds)} paired seeds: means and each seed; a point is a weight")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def plot_pairs(teachers: dict[str, dict], methods: list[str], seeds: list[int], path: Path):
@@ -416,6 +418,7 @@ def plot_pairs(teachers: dict[str, dict], methods: list[str], seeds: list[int], 
     figure.suptitle(f"{len(seeds)} paired seeds, and their means")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main():
