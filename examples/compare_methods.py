@@ -403,7 +403,7 @@ def plot_trade_offs(results: dict, methods: list[str], seeds: list[int], path: P
 
 def plot_pairs(teachers: dict[str, dict], methods: list[str], seeds: list[int], path: Path):
     """Distance to the teacher at the end of training: a panel for each teacher, a line for each seed."""
-    figure, axes = plt.subplots(1, len(teachers), figsize=(3.5 * len(teachers), 4), squeeze=False)
+    figure, axes = plt.subplots(1, len(teachers), figsize=((1.5 + len(methods)) * len(teachers), 4), squeeze=False)
     for axis, (name, results) in zip(axes[0], teachers.items(), strict=True):
         values = np.array([last(results, method, seeds, "fid_teacher") for method in methods])
         axis.plot(values, ".-", color="C0", alpha=0.4, linewidth=1)
@@ -413,7 +413,7 @@ def plot_pairs(teachers: dict[str, dict], methods: list[str], seeds: list[int], 
             axis.axhline(floor["fid_teacher"], color="gray", linestyle=":", label="teacher, other noise")
             axis.legend()
         axis.set(title=name, ylabel="fid_teacher", xlim=(-0.5, len(methods) - 0.5))
-        axis.set_xticks(range(len(methods)), [label(method, methods) for method in methods])
+        axis.set_xticks(range(len(methods)), [label(m, methods).replace(",", "\n") for m in methods])
         axis.set_ylim(bottom=0)
     figure.suptitle(f"{len(seeds)} paired seeds, and their means")
     figure.tight_layout()

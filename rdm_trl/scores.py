@@ -65,7 +65,7 @@ class LearnedTarget:
         return [rows[int(torch.randint(len(rows), ()))] for rows in found]
 
     def update(self, prompts: list[list[str]], noisy: list[tuple]) -> dict[str, torch.Tensor]:
-        """One update on images of the teacher of the fake score's `prompts`, as its own was on `noisy` ones."""
+        """One update on the teacher's images of `prompts`, with levels and noise of `noisy`, the fake score's own."""
         own = []
         for chosen, (x0, _, timesteps, noise) in zip(prompts, noisy, strict=True):
             rows = self.choose(chosen)

@@ -53,8 +53,13 @@ def test_methods_get_equal_budgets(tmp_path, monkeypatch, budget, changes, updat
     # Measured, and no part of what they train by.
     assert one["reward/jpeg_compressibility"] < 0 and one["weights"] == [1.0]
     monkeypatch.setattr(script, "run", None)
+    closed = []
+    monkeypatch.setattr(script.plt, "close", closed.append)
     script.main()
-    assert (tmp_path / "pairs.png").exists()
+    (panel,) = closed[-1].axes
+    seed, means, floor = (line.get_ydata() for line in panel.lines)
+    assert list(seed) == list(means) == [one["fid_teacher"], other["fid_teacher"]] and set(floor) == {distances[1]}
+    assert panel.get_title() == "embedded" and (tmp_path / "pairs.png").exists()
     assert f"gndm,{changes} − gndm" in (tmp_path / "embedded" / "table.md").read_text()
 
 
