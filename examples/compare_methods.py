@@ -413,7 +413,8 @@ def plot_pairs(teachers: dict[str, dict], methods: list[str], seeds: list[int], 
             axis.axhline(floor["fid_teacher"], color="gray", linestyle=":", label="teacher, other noise")
             axis.legend()
         axis.set(title=name, ylabel="fid_teacher", xlim=(-0.5, len(methods) - 0.5))
-        axis.set_xticks(range(len(methods)), [label(m, methods).replace(",", "\n") for m in methods])
+        names = [label(method, methods).replace(",", "\n") for method in methods]
+        axis.set_xticks(range(len(methods)), names, fontsize=8)
         axis.set_ylim(bottom=0)
     figure.suptitle(f"{len(seeds)} paired seeds, and their means")
     figure.tight_layout()
